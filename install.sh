@@ -1,0 +1,26 @@
+#!/bin/sh
+# Sets up edgevlm in .venv beside this file: ./install.sh, or ./install.sh dev for the tests too.
+# Needs Python 3.10-3.13 with venv, and g++. $PYTHON chooses the interpreter.
+set -eu
+cd "$(dirname "$0")"
+
+fail() {
+    echo "install.sh: $1" >&2
+    exit 1
+}
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || fail "no $python here: install Python 3.10 or newer"
+command -v g++ >/dev/null || fail "no C++ compiler here: on Debian, apt install g++"
+[ -x .venv/bin/python ] || "$python" -m venv .venv ||
+    fail "Python cannot make a virtual environment: on Debian, apt install python3-venv"
+
+pip() {
+    .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"
+}
+
+echo "install.sh: compiling llama.cpp, which comes as source; this takes two minutes or so" >&2
+CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$PWD/cmake/llama-cpp.cmake" \
+    pip install llama-cpp-python==0.3.36
+pip install ".${1:+[$1]}"
+echo "install.sh: done; try .venv/bin/edgevlm describe examples/cat.jpg" >&2
