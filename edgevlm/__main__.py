@@ -1,0 +1,5 @@
+"""`python -m edgevlm` is the `edgevlm` command."""
+
+from edgevlm.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""What the engine gives back: pieces while it speaks, an `Answer` at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgevlm.layout import Layout
+
+FinishReason = Literal["stop", "length", "repetition"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time of each stage in milliseconds; a stage that did not run took 0.
+
+    `first_token_ms` counts from the call to the first token, `generate_ms` from there to the end.
+    """
+
+    load_ms: float = 0.0  # opening the model, once per engine
+    decode_ms: float = 0.0  # file → pixels
+    preprocess_ms: float = 0.0  # pixels → patches
+    encode_ms: float = 0.0  # patches → embeddings
+    prefill_ms: float = 0.0  # prompt and embeddings → llama.cpp's cache
+    first_token_ms: float = 0.0
+    generate_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture that went through the vision model; give it wherever a picture is taken."""
+
+    embeddings: NDArray[np.float32]  # [n_tokens, n_embd]
+    layout: Layout
+    input_px: tuple[int, int]  # height, width of the upright picture
+    key: str  # digest of the model and of the patches it saw
+    model_sha256: str  # of the vision file that made it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer and what it took.
+
+    Attributes:
+        finish_reason: "stop" (the model ended), "length" (max_tokens reached) or "repetition"
+            (it had begun to loop).
+        prompt_tokens: positions of the prompt, image tokens included.
+        image_tokens: positions taken by pictures.
+        input_px, model_px: (height, width) of each picture as it came, and as the model saw it.
+        peak_rss_bytes: largest resident memory of this process so far.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    image_tokens: int
+    generated_tokens: int
+    input_px: tuple[tuple[int, int], ...]
+    model_px: tuple[tuple[int, int], ...]
+    timings: Timings
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next characters of an answer; the last piece has no text and carries the answer."""
+
+    text: str
+    answer: Answer | None = None

@@ -1,0 +1,37 @@
+"""A conversation about pictures: each turn is read once, the pictures are encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.answer import Answer, EncodedImage, Piece
+from edgevlm.options import Options
+from edgevlm.prompt import Message
+
+if TYPE_CHECKING:
+    from edgevlm.engine import VLM
+
+
+class Chat:
+    """Made by `VLM.chat`. A turn that fails or is cancelled is not part of the conversation."""
+
+    def __init__(self, vlm: VLM, images: Sequence[EncodedImage]) -> None:
+        self._vlm = vlm
+        self._images = images
+        self.messages: list[Message] = []
+
+    def ask(self, question: str, **options: Any) -> Answer:
+        """The answer to the next question; raises as `VLM.ask` does."""
+        from edgevlm.engine import fold
+
+        return fold(self.stream(question, **options))
+
+    def stream(self, question: str, **options: Any) -> Iterator[Piece]:
+        """Like `ask`, in pieces as they are made."""
+        pictures = () if self.messages else tuple(range(len(self._images)))
+        asked = Message("user", question, pictures)
+        for piece in self._vlm.run([*self.messages, asked], self._images, Options(**options)):
+            if piece.answer is not None:
+                self.messages += [asked, Message("assistant", piece.answer.text)]
+            yield piece

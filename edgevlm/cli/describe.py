@@ -1,0 +1,36 @@
+"""`edgevlm describe PHOTO…`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edgevlm.cli import options
+from edgevlm.cli.output import each_photo, show_answer
+
+
+@click.command("describe")
+@click.argument("photos", metavar="PHOTO…", nargs=-1, required=True)
+@options.option(
+    "--length",
+    type=click.Choice(["short", "normal", "long"]),
+    default="normal",
+    show_default=True,
+    help="How much to say.",
+)
+@options.sampling
+@options.output
+@options.model
+def command(photos: tuple[str, ...], length: str, **arguments: Any) -> int:
+    """Say what each photo shows. A PHOTO is a file, or - for standard input."""
+    chosen = options.sampling_options(arguments)
+    with options.open_model(arguments) as vlm:
+        arguments["model_name"] = vlm.bundle.name
+        question = vlm.question_for(length)
+
+        def show(photo: str) -> None:
+            label = f"{photo}: " if len(photos) > 1 else ""
+            show_answer(vlm.stream(photo, question, **chosen), arguments, [photo], label)
+
+        return each_photo(photos, show)

@@ -1,0 +1,86 @@
+"""`edgevlm doctor`"""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import click
+
+from edgevlm.cli import options
+from edgevlm.errors import EdgeVLMError
+
+
+@click.command("doctor")
+@options.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def command(as_json: bool) -> None:
+    """What this machine has, how the libraries were built, and what each model would cost."""
+    report = {"machine": _machine(), "kernels": _kernels(), "onnxruntime": _onnxruntime()}
+    report |= {"llama.cpp": _llama(), "models": _models()}
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    for section, facts in report.items():
+        click.echo(section)
+        for name, value in facts.items():
+            click.echo(f"  {name + ':':<14} {value}")
+
+
+def _machine() -> dict[str, Any]:
+    from edgevlm import device
+
+    total, available = device.total_memory_bytes(), device.available_memory_bytes()
+    return {
+        "cpu": f"{device.cpu_name()} ({platform.machine()})",
+        "cores": f"{device.physical_cores()} physical, {len(device.usable_cpus())} usable CPUs; "
+        f"edgevlm uses {device.thread_budget()} threads",
+        "memory": f"{total / 1e9:.1f} GB, {available / 1e9:.1f} GB available",
+        "python": platform.python_version(),
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    from edgevlm import kernels
+
+    try:
+        return {"tier": kernels.tier(), "available": ", ".join(kernels.tiers())}
+    except EdgeVLMError as error:
+        return {"problem": str(error)}
+
+
+def _onnxruntime() -> dict[str, Any]:
+    from edgevlm import sessions
+
+    return {"version": sessions.version(), "providers": ", ".join(sessions.providers())}
+
+
+def _llama() -> dict[str, Any]:
+    from edgevlm import probe
+
+    try:
+        verdict = probe.verdict()  # first, in a child: the library may die of being loaded
+    except EdgeVLMError as error:
+        return {"problem": str(error)}
+    from edgevlm import llama
+
+    return {
+        "version": llama.version(),
+        "library": str(llama.library_path()),
+        "features": llama.build_features(),
+        "repacking": "on" if verdict.extra_buffers else f"switched off: {verdict.finding}",
+    }
+
+
+def _models() -> dict[str, Any]:
+    from edgevlm import device, memory, registry
+
+    available = device.available_memory_bytes()
+    costs = {}
+    for bundle in registry.known():
+        needed = memory.needed_bytes(bundle)
+        fits = "fits" if needed <= available else "does not fit now"
+        costs[bundle.path.name] = (
+            f"{bundle.n_bytes / 1e6:.0f} MB on disk, about {needed / 1e6:.0f} MB of memory: {fits}"
+        )
+    return costs

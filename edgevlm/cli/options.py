@@ -1,0 +1,127 @@
+"""Options that several verbs share. Every option can also be set as EDGEVLM_…"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from edgevlm.engine import VLM
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def option(*names: str, **attributes: Any) -> Callable[[C], C]:
+    """click.option with an environment variable named after the long flag."""
+    flag = next(name for name in names if name.startswith("--")).split("/")[0]
+    variable = "EDGEVLM_" + flag.removeprefix("--").replace("-", "_").upper()
+    return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+
+
+def _all(*decorators: Callable[[C], C]) -> Callable[[C], C]:
+    def decorate(command: C) -> C:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model = _all(
+    option("-m", "--model", metavar="MODEL", help="Model name or bundle directory."),
+    option("-t", "--threads", type=click.IntRange(1), help="Threads [default: physical cores]."),
+    option(
+        "--max-pixels",
+        type=click.IntRange(1),
+        default=100_000_000,
+        show_default=True,
+        help="Refuse larger pictures before decoding them.",
+    ),
+    option(
+        "--exact-decode",
+        is_flag=True,
+        help="Decode large JPEGs at full size even if the model sees them much smaller.",
+    ),
+    option("-q", "--quiet", is_flag=True, help="No hints on stderr."),
+    option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
+)
+
+sampling = _all(
+    option(
+        "-n",
+        "--max-tokens",
+        "--max-new-tokens",
+        "max_tokens",
+        type=click.IntRange(1),
+        help="At most so many tokens [default: the model's].",
+    ),
+    option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    option(
+        "--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling; 1 is off."
+    ),
+    option("--top-k", type=int, default=0, show_default=True, help="0 is off."),
+    option("--seed", type=int, default=0, show_default=True, help="Of the sampler."),
+    option("--repeat-penalty", type=float, help="1 is off [default: the model's]."),
+    option("--stop", multiple=True, metavar="TEXT", help="End the answer here; may be repeated."),
+    option(
+        "--no-repetition-stop",
+        "repetition_stop",
+        flag_value=False,
+        default=True,
+        help="Let an answer that loops go on.",
+    ),
+    option(
+        "--schema",
+        metavar="FILE|JSON",
+        help="JSON schema that the answer must satisfy; fails rather than break it.",
+    ),
+)
+
+output = _all(
+    option("--json", "as_json", is_flag=True, help="One JSON object a photo."),
+    option("--no-stream", is_flag=True, help="Print the answer when it is complete."),
+    option("--timings", is_flag=True, help="Print the time of each stage on stderr."),
+)
+
+
+def open_model(arguments: Mapping[str, Any]) -> VLM:
+    """Load the model that the command line asks for, with one hint if nobody chose it."""
+    from edgevlm import engine, registry
+
+    if arguments["verbose"]:
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+    chosen = arguments["model"] or registry.default()
+    if not arguments["model"] and chosen == registry.BUILT_IN and not arguments["quiet"]:
+        click.echo(
+            "edgevlm: answering with nano, the small built-in model; -m chooses another "
+            "(see `edgevlm info nano` for what it can do)",
+            err=True,
+        )
+    return engine.load(
+        chosen,
+        threads=arguments["threads"],
+        max_pixels=arguments["max_pixels"],
+        exact_decode=arguments["exact_decode"],
+    )
+
+
+def sampling_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `Options` that the command line sets."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repeat_penalty")
+    chosen = {name: arguments[name] for name in (*names, "repetition_stop", "stop")}
+    return {**chosen, "schema": _read_schema(arguments["schema"])}
+
+
+def _read_schema(given: str | None) -> Any:
+    if given is None:
+        return None
+    try:
+        text = given if given.lstrip().startswith("{") else Path(given).read_text("utf-8")
+        return json.loads(text)
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"neither a JSON object nor a file of one: {error}") from None

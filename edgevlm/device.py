@@ -1,0 +1,109 @@
+"""What this machine has: cores, memory, CPU; and one thread budget for everybody.
+
+Read from the operating system each time it is asked; nothing is started.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import sys
+from pathlib import Path
+
+
+def thread_budget(threads: int | None = None) -> int:
+    """Threads that kernels, ONNX Runtime and llama.cpp share; they run one after the other.
+
+    By default the physical cores that this process may use, no more than its CPU quota: two
+    hardware threads of one core only wait for each other in dense arithmetic.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; it must be 1 or more")
+        return threads
+    return max(1, min(physical_cores(), _quota()))
+
+
+def free_threads(budget: int) -> int:
+    """As many threads of the budget as find a core that no other program computes on.
+
+    llama.cpp's threads wait for each other at every matrix; one that has to share its core holds
+    up all of them. (Linux; elsewhere the whole budget.)
+    """
+    try:
+        running = re.search(r"^procs_running (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
+    except OSError:
+        return budget
+    others = int(running[1]) - 1 if running else 0
+    return max(1, min(budget, (os.cpu_count() or 1) - others))
+
+
+def usable_cpus() -> set[int]:
+    if sys.platform == "linux":
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Cores behind the usable CPUs; hardware threads of one core count once."""
+    cores = set()
+    for cpu in usable_cpus():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def _quota() -> int:
+    """Whole CPUs that the control group grants (containers); a large number without a limit."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(limit) // int(period))
+    except (OSError, ValueError):  # no control group v2, or "max": no limit
+        return 1 << 16
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model"):
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def total_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory_bytes() -> int:
+    """What new work can take without swapping (Linux: MemAvailable)."""
+    return _kib("/proc/meminfo", "MemAvailable") * 1024 or total_memory_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever held.
+
+    Linux: VmHWM, because ru_maxrss begins with what the parent held before exec.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak
+    return (_kib("/proc/self/status", "VmHWM") or peak) * 1024
+
+
+def _kib(path: str, key: str) -> int:
+    """The number after `key:` in a file under /proc; 0 if it is not there."""
+    try:
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,272 @@
+"""The path of a photo: file → pixels → patches → embeddings, question → prompt, → tokens → text.
+
+`VLM.run` is that path and the only one: the blocking calls, the chat and the command line fold
+or pass on what it yields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from edgevlm import device, families, image, preprocess, registry, text, vision
+from edgevlm.answer import Answer, EncodedImage, Piece
+from edgevlm.bundle import Bundle, open_bundle
+from edgevlm.cancel import Cancel
+from edgevlm.errors import BundleError, PromptError
+from edgevlm.language import Language
+from edgevlm.layout import Layout
+from edgevlm.meter import Meter
+from edgevlm.options import Options
+from edgevlm.prompt import Message
+from edgevlm.schema import check_answer
+from edgevlm.sessions import Session
+
+if TYPE_CHECKING:
+    from edgevlm.chat import Chat
+
+Picture = image.Source | EncodedImage
+Pictures = Picture | Sequence[Picture]
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    max_pixels: int = image.DEFAULT_MAX_PIXELS,
+    exact_decode: bool = False,
+    precise: bool = False,
+) -> VLM:
+    """Open a model.
+
+    Args:
+        model: a name that `edgevlm models list` shows, or the directory of a bundle; by default
+            $EDGEVLM_MODEL, else the best installed model, else the built-in one.
+        threads: one budget for every stage; by default the physical cores, of which the language
+            model leaves out those that other programs keep busy.
+        max_pixels: larger pictures are refused before they are decoded.
+        exact_decode: decode every JPEG at full size, even if the model sees it much smaller.
+        precise: float32 keys and values, to compare with a reference.
+
+    Raises:
+        BundleError: no such model, or it is damaged.
+        HubError: its files have to be fetched first and could not be.
+        BackendError: ONNX Runtime or llama.cpp cannot run it.
+    """
+    started = perf_counter()
+    vlm = VLM(
+        open_bundle(registry.resolve(model)),
+        threads=threads,
+        max_pixels=max_pixels,
+        exact_decode=exact_decode,
+        precise=precise,
+    )
+    vlm.load_ms = 1000 * (perf_counter() - started)
+    return vlm
+
+
+class VLM:
+    """A vision-language model; made by `load`, ended by `close` or by leaving a `with`.
+
+    A picture is a path, bytes, a binary file, a PIL image, a uint8 array [H, W], [H, W, 3] or
+    [H, W, 4], "-" for standard input, or what `encode` returned. Calls take the fields of
+    `Options` as keywords. One call runs at a time; other threads wait.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None,
+        max_pixels: int,
+        exact_decode: bool,
+        precise: bool,
+    ) -> None:
+        self.bundle = bundle
+        self.load_ms = 0.0
+        self._threads = device.thread_budget(threads)
+        self._share = threads is None  # leave busy cores to the programs that use them
+        self._max_pixels = max_pixels
+        self._exact_decode = exact_decode
+        self._family = families.find(bundle)
+        self._cancel = Cancel()
+        self._session = Session(bundle.file("vision.onnx"), self._threads)
+        width, expected = self._session.output_width, bundle.manifest["n_embd"]
+        if width != expected:
+            raise BundleError(
+                f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
+                "(bundle.json): export both again"
+            )
+        self._language = Language(
+            bundle, threads=self._threads, cancel=self._cancel, precise=precise
+        )
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread that holds the lock
+
+    def describe(self, picture: Picture, length: str = "normal", **options: Any) -> Answer:
+        """Say what the picture shows; `length` is "short", "normal" or "long".
+
+        Raises as `ask` does.
+        """
+        return self.ask(picture, self.question_for(length), **options)
+
+    def ask(self, pictures: Pictures, question: str, **options: Any) -> Answer:
+        """Answer a question about one or several pictures.
+
+        Raises:
+            ImageError: a picture cannot be read; there is no answer without it.
+            PromptError: an empty question, or options outside their range.
+            ContextOverflow: question and pictures do not fit; raised before any work.
+            OutputError: the answer could not be finished as the schema demands.
+            Cancelled: `cancel` was called.
+        """
+        return fold(self.stream(pictures, question, **options))
+
+    def stream(self, pictures: Pictures, question: str, **options: Any) -> Iterator[Piece]:
+        """Like `ask`, in pieces as they are made; the last one carries the answer."""
+        many = _as_list(pictures)
+        message = Message("user", question, tuple(range(len(many))))
+        return self.run([message], many, Options(**options))
+
+    def chat(self, pictures: Pictures) -> Chat:
+        """A conversation about pictures, which are encoded once."""
+        from edgevlm.chat import Chat
+
+        return Chat(self, [self.encode(picture) for picture in _as_list(pictures)])
+
+    def encode(self, picture: Picture) -> EncodedImage:
+        """Run the vision model alone; the result is accepted wherever a picture is."""
+        with self._exclusive():
+            return self._encode(self._open(picture), Meter())
+
+    def question_for(self, length: str) -> str:
+        """The question that `describe` asks this model."""
+        return self._family.describe(length)
+
+    def cancel(self) -> None:
+        """Stop the running call from another thread: it raises `Cancelled`.
+
+        The engine stays usable.
+        """
+        self._cancel.cancel()
+
+    def run(
+        self, messages: Sequence[Message], pictures: Sequence[Picture], options: Options
+    ) -> Iterator[Piece]:
+        """The path of a photo. A prompt that cannot be answered costs no work on pixels."""
+        meter = Meter()
+        with self._exclusive():
+            photos = [self._open(picture) for picture in pictures]
+            segments = self._family.prompt(_checked(messages), [p.layout for p in photos])
+            prompt = self._language.tokenize(segments)
+            with self._language.sampler(options) as sampler:
+                images = [self._encode(photo, meter) for photo in photos]
+                if self._share:
+                    self._language.set_threads(device.free_threads(self._threads))
+                with meter.stage("prefill"):
+                    self._language.feed(prompt, images)
+                tokens = self._language.tokens(sampler, options.max_tokens)
+                spoken = text.Spoken(tokens, options.stop, options.repetition_stop)
+                for said in spoken:
+                    meter.first_token()
+                    yield Piece(said)
+        if options.schema is not None:
+            check_answer(spoken.text, spoken.finish_reason, options.schema)
+        answer = Answer(
+            text=spoken.text.strip(),
+            finish_reason=spoken.finish_reason,
+            prompt_tokens=prompt.n_tokens,
+            image_tokens=prompt.n_image_tokens,
+            generated_tokens=spoken.n_tokens,
+            input_px=tuple(encoded.input_px for encoded in images),
+            model_px=tuple(encoded.layout.model_px for encoded in images),
+            timings=meter.timings(self.load_ms),
+            peak_rss_bytes=device.peak_rss_bytes(),
+        )
+        yield Piece("", answer)
+
+    def _open(self, picture: Picture) -> _Photo | EncodedImage:
+        """Read the header and lay the tiles out; nothing is decoded yet."""
+        if isinstance(picture, EncodedImage):
+            if picture.model_sha256 != self.bundle.sha256("vision.onnx"):
+                raise PromptError("the picture was encoded by another model: encode it again")
+            return picture
+        photo = image.open_image(picture, max_pixels=self._max_pixels)
+        return _Photo(photo, self._family.layout(photo.height_px, photo.width_px))
+
+    def _encode(self, photo: _Photo | EncodedImage, meter: Meter) -> EncodedImage:
+        if isinstance(photo, EncodedImage):
+            return photo
+        layout, cancel = photo.layout, self._cancel
+        at_least = None if self._exact_decode else layout.at_least_px
+        with meter.stage("decode"):
+            pixels = cancel.call(photo.image.pixels, at_least)
+        with meter.stage("preprocess"):
+            patches = cancel.call(
+                preprocess.patches, pixels, layout, threads=self._threads, flag=cancel.flag
+            )
+        with meter.stage("encode"):
+            embeddings = cancel.call(vision.encode, self._session, patches, layout, cancel)
+        model_sha256 = self.bundle.sha256("vision.onnx")
+        return EncodedImage(
+            embeddings=embeddings,
+            layout=layout,
+            input_px=(photo.image.height_px, photo.image.width_px),
+            key=model_sha256 + hashlib.sha256(patches.data).hexdigest(),
+            model_sha256=model_sha256,
+        )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if self._owner == threading.get_ident():
+            raise RuntimeError("a stream of this model is still open: finish or close it first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            self._cancel.begin()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def close(self) -> None:
+        """Free the model; calls after this fail."""
+        self._cancel.close()
+        self._language.close()
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Photo:
+    image: image.Photo
+    layout: Layout
+
+
+def fold(pieces: Iterator[Piece]) -> Answer:
+    """The whole answer of a stream."""
+    for piece in pieces:
+        if piece.answer is not None:
+            return piece.answer
+    raise AssertionError("a stream ends with its answer")
+
+
+def _as_list(pictures: Pictures) -> list[Picture]:
+    if isinstance(pictures, Sequence) and not isinstance(pictures, (str, bytes)):
+        return [*pictures]
+    return [pictures]
+
+
+def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+    if not messages or not messages[-1].text.strip():
+        raise PromptError("the question is empty")
+    return messages

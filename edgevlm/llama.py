@@ -1,0 +1,265 @@
+"""llama.cpp behind three small classes; the only module that imports llama_cpp.
+
+Only its low-level, ctypes half is used. Pointers live and die here, C error codes become
+exceptions, and what llama.cpp logs goes to the logger "edgevlm.llama".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+# libgomp's threads spin for milliseconds at every barrier by default. When another program takes
+# a core, the thread that spins keeps the one it waits for from running: a prefill of 0.4 s was
+# seen to take 16 s. Read by libgomp when it is loaded, which importing llama_cpp does.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+from numpy.typing import NDArray
+
+from edgevlm.errors import BackendError, Cancelled, PromptError
+from edgevlm.kernels import Flag, abort_callback
+
+_log = logging.getLogger("edgevlm.llama")
+_complaints: deque[str] = deque(maxlen=8)  # llama.cpp's last warnings, for error messages
+_WARNING, _CONTINUED = 3, 5  # ggml_log_level
+
+_PENALTY_WINDOW_TOKENS = 64
+_F32, _F16 = 0, 1  # ggml_type
+_PIECE_BYTES = 256
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _: object) -> None:
+    line = text.decode("utf-8", "replace").rstrip()
+    if _WARNING <= level < _CONTINUED:
+        _complaints.append(line)
+    _log.debug(line)
+
+
+@cache
+def _start() -> None:
+    lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+
+
+def _failure(what: str) -> BackendError:
+    said = "; ".join(_complaints) or "nothing"
+    return BackendError(f"llama.cpp {what}. It said: {said}")
+
+
+class Model:
+    """The weights and the vocabulary of a GGUF file."""
+
+    def __init__(self, path: Path, *, extra_buffers: bool) -> None:
+        """Map the file; `extra_buffers` lets llama.cpp repack weights for this CPU.
+
+        Raises:
+            BackendError: llama.cpp cannot read it.
+        """
+        _start()
+        _complaints.clear()
+        params = lib.llama_model_default_params()
+        params.use_extra_bufts = extra_buffers
+        self.handle = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise _failure(f"cannot load {path}")
+        self.vocab = lib.llama_model_get_vocab(self.handle)
+        self.n_embd: int = lib.llama_model_n_embd(self.handle)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
+        self.bos: int = lib.llama_vocab_bos(self.vocab)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens recognised, nothing added around it."""
+        data = text.encode()
+        room = len(data) + 8  # no token is shorter than a byte; sentencepiece may add a space
+        ids = (ctypes.c_int32 * room)()
+        n = lib.llama_tokenize(self.vocab, data, len(data), ids, room, False, True)
+        if n < 0:
+            raise _failure(f"cannot tokenize {text[:40]!r}")
+        return list(ids[:n])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; a special token has none. May end inside a character."""
+        buffer = ctypes.create_string_buffer(_PIECE_BYTES)
+        n = lib.llama_token_to_piece(self.vocab, token, buffer, _PIECE_BYTES, 0, False)
+        if n < 0:
+            raise _failure(f"has a token {token} of more than {_PIECE_BYTES} bytes")
+        return buffer.raw[:n]
+
+    def is_end(self, token: int) -> bool:
+        return bool(lib.llama_vocab_is_eog(self.vocab, token))
+
+    def close(self) -> None:
+        if self.handle:
+            lib.llama_model_free(self.handle)
+            self.handle = None
+
+
+class Context:
+    """The cache of one conversation. Positions count from 0, one for each token or embedding."""
+
+    def __init__(
+        self, model: Model, n_ctx: int, *, threads: int, flag: Flag, precise: bool = False
+    ) -> None:
+        """`precise` keeps keys and values in float32, to compare with a reference.
+
+        Raises:
+            BackendError: no memory for a cache of `n_ctx` positions.
+        """
+        _complaints.clear()
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = min(n_ctx, 512)
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slower to decode on CPUs
+        params.type_k = params.type_v = _F32 if precise else _F16
+        params.abort_callback = ctypes.cast(abort_callback(), lib.ggml_abort_callback)
+        params.abort_callback_data = flag.address
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise _failure(f"cannot make a context of {n_ctx} tokens")
+        self._memory = lib.llama_get_memory(self.handle)
+        self._model = model
+        self._flag = flag  # llama.cpp holds its address
+        self._n_batch: int = params.n_batch
+        self.n_ctx = n_ctx
+
+    def decode(self, rows: Sequence[int] | NDArray[np.float32], position: int) -> None:
+        """Run token ids, or embeddings float32 [n, n_embd], from `position` on.
+
+        The logits of the last row are kept. After an error the cache may hold some of the rows:
+        `truncate` it.
+
+        Raises:
+            Cancelled: the flag was set.
+            BackendError: llama.cpp failed.
+        """
+        for start in range(0, len(rows), self._n_batch):
+            part = rows[start : start + self._n_batch]
+            code = self._decode_batch(part, position + start)
+            if code == 2:
+                raise Cancelled("cancelled")
+            if code != 0:
+                raise _failure(f"failed to decode {len(part)} rows (code {code})")
+
+    def _decode_batch(self, rows: Sequence[int] | NDArray[np.float32], position: int) -> int:
+        n = len(rows)
+        embeds = isinstance(rows, np.ndarray)
+        batch = lib.llama_batch_init(n, rows.shape[1] if isinstance(rows, np.ndarray) else 0, 1)
+        try:
+            batch.n_tokens = n
+            if isinstance(rows, np.ndarray):
+                ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
+            for i in range(n):
+                if not embeds:
+                    batch.token[i] = rows[i]
+                batch.pos[i] = position + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = i == n - 1
+            return int(lib.llama_decode(self.handle, batch))
+        finally:
+            lib.llama_batch_free(batch)
+
+    def set_threads(self, threads: int) -> None:
+        lib.llama_set_n_threads(self.handle, threads, threads)
+
+    def truncate(self, n_positions: int) -> None:
+        """Forget everything from `n_positions` on."""
+        lib.llama_memory_seq_rm(self._memory, 0, n_positions, -1)
+
+    def logits(self) -> NDArray[np.float32]:
+        """Of the last row, float32 [n_vocab]; a copy."""
+        pointer = lib.llama_get_logits_ith(self.handle, -1)
+        return np.array(np.ctypeslib.as_array(pointer, (self._model.n_vocab,)), np.float32)
+
+    def close(self) -> None:
+        if self.handle:
+            lib.llama_free(self.handle)
+            self.handle = None
+
+
+class Sampler:
+    """Chooses the next token; greedy at temperature 0."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        repeat_penalty: float,
+        grammar: str | None,
+    ) -> None:
+        """Raises PromptError: llama.cpp does not accept the grammar."""
+        _complaints.clear()
+        self.handle = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if grammar is not None:
+            constraint = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+            if not constraint:
+                self.close()
+                raise PromptError(f"not a GBNF grammar with a root rule: {'; '.join(_complaints)}")
+            self._add(constraint)
+        if repeat_penalty != 1:
+            self._add(
+                lib.llama_sampler_init_penalties(
+                    model.n_vocab, _PENALTY_WINDOW_TOKENS, repeat_penalty, 0.0, 0.0
+                )
+            )
+        if temperature == 0:
+            self._add(lib.llama_sampler_init_greedy())
+            return
+        if top_k:
+            self._add(lib.llama_sampler_init_top_k(top_k))
+        if top_p < 1:
+            self._add(lib.llama_sampler_init_top_p(top_p, 1))
+        self._add(lib.llama_sampler_init_temp(temperature))
+        self._add(lib.llama_sampler_init_dist(seed))
+
+    def _add(self, part: object) -> None:
+        lib.llama_sampler_chain_add(self.handle, part)
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def sample(self, context: Context) -> int:
+        return int(lib.llama_sampler_sample(self.handle, context.handle, -1))
+
+    def close(self) -> None:
+        if self.handle:
+            lib.llama_sampler_free(self.handle)
+            self.handle = None
+
+
+def schema_to_grammar(schema_json: str) -> str:
+    """GBNF of a JSON schema, by llama.cpp's own rules."""
+    return str(json_schema_to_gbnf(schema_json))
+
+
+def version() -> str:
+    """Of llama-cpp-python, which pins its llama.cpp."""
+    return metadata.version("llama-cpp-python")
+
+
+def library_path() -> Path:
+    """The llama.cpp library that is loaded."""
+    return Path(lib._lib._name)
+
+
+def build_features() -> str:
+    """What the library was built with, for example "AVX2 = 1 | AVX512 = 1"."""
+    return str(lib.llama_print_system_info().decode())

@@ -1,0 +1,32 @@
+"""Patches → image embeddings, through the bundle's vision graph."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.cancel import Cancel
+from edgevlm.errors import BundleError
+from edgevlm.layout import Layout
+from edgevlm.sessions import Session
+
+
+def encode(
+    session: Session, patches: NDArray[np.uint8], layout: Layout, cancel: Cancel
+) -> NDArray[np.float32]:
+    """Embeddings of one picture, float32 [n_tokens, n_embd].
+
+    Args:
+        patches: uint8 [n_tiles, n_patches, patch_px² · 3], see `preprocess.patches`.
+
+    Raises:
+        BundleError: the graph gives another number of tokens than bundle.json says.
+    """
+    features = session.run(patches, cancel)  # float32 [n_tiles, tokens a tile, n_embd]
+    embeddings = features.reshape(-1, features.shape[-1])
+    if len(embeddings) != layout.n_tokens:
+        raise BundleError(
+            f"vision.onnx gives {len(embeddings)} embeddings for a picture; bundle.json says "
+            f"{layout.n_tokens}: export the model again"
+        )
+    return np.ascontiguousarray(embeddings)
