@@ -1,0 +1,161 @@
+"""Tensors of a vision tower → an ONNX graph: uint8 patches in, float32 embeddings out.
+
+Plain standard operators, opset 17: fused attention and SkipLayerNormalization were measured and
+did not pay. Every linear layer is a MatMul with a 2-D initializer [in, out], which is what int8
+quantization takes. Weights are loaded while the file is written, one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgevlm.errors import BundleError
+
+from .checkpoint import Checkpoint
+
+Array: TypeAlias = npt.NDArray[np.float32]
+Load: TypeAlias = Callable[[], Array]
+
+_OPSET = 17
+_IR_VERSION = 8  # the version of opset 17's first release; every supported ONNX Runtime reads it
+_PROTOBUF_LIMIT_BYTES = 2**31 - 1
+
+
+class Graph:
+    """A vision graph under construction; methods return the name of the value they add."""
+
+    def __init__(self, n_patches: int, patch_values: int) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._small: list[onnx.TensorProto] = []
+        self._weights: dict[str, tuple[tuple[int, ...], Load]] = {}
+        self._input = helper.make_tensor_value_info(
+            "patches", TensorProto.UINT8, ["tiles", n_patches, patch_values]
+        )
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        name = f"{kind}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, list(inputs), [name], name, **attributes))
+        return name
+
+    def split3(self, value: str) -> tuple[str, str, str]:
+        names = [f"Split_{len(self._nodes)}_{part}" for part in "qkv"]
+        self._nodes.append(helper.make_node("Split", [value], names, names[0], axis=-1))
+        return names[0], names[1], names[2]
+
+    def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
+        name = f"constant_{len(self._small)}"
+        self._small.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def weight(self, name: str, shape: Sequence[int], load: Load) -> str:
+        """An initializer of `shape`, computed by `load` only when the file is written."""
+        self._weights[name] = (tuple(shape), load)
+        return name
+
+    def linear(
+        self, value: str, name: str, shape: tuple[int, int], load: Load, bias: Load | None
+    ) -> str:
+        """value @ W + b, where `load` gives W as `shape` [in, out]."""
+        value = self.op("MatMul", value, self.weight(f"{name}.weight", shape, load))
+        if bias is None:
+            return value
+        return self.op("Add", value, self.weight(f"{name}.bias", shape[1:], bias))
+
+    def layer_norm(self, value: str, weights: Checkpoint, name: str, width: int, eps: float) -> str:
+        scale, bias = f"{name}.weight", f"{name}.bias"
+        for part in (scale, bias):
+            weights.expect(part, width)
+            self.weight(part, (width,), lambda part=part: weights.get(part))  # type: ignore[misc]
+        return self.op("LayerNormalization", value, scale, bias, axis=-1, epsilon=eps)
+
+    def activation(self, value: str, kind: str) -> str:
+        if kind not in _ACTIVATIONS:
+            raise BundleError(f"activation {kind!r} is unknown; known: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[kind](self, value)
+
+    def output(self, value: str, n_tokens: int, n_embd: int) -> None:
+        self._nodes.append(helper.make_node("Identity", [value], ["embeddings"], "embeddings"))
+        self._outputs = [
+            helper.make_tensor_value_info(
+                "embeddings", TensorProto.FLOAT, ["tiles", n_tokens, n_embd]
+            )
+        ]
+
+    def save(self, path: Path) -> None:
+        """Write the model, then append its weights one by one.
+
+        A protobuf parser merges repeated occurrences of an embedded message (protobuf encoding
+        guide, "Last One Wins"), so each weight follows as another piece of the same graph and
+        memory holds one of them.
+        """
+        weights_bytes = sum(4 * math.prod(shape) for shape, _ in self._weights.values())
+        if weights_bytes > _PROTOBUF_LIMIT_BYTES:
+            raise BundleError(
+                f"the vision tower needs {weights_bytes} bytes at fp32; an ONNX file holds "
+                f"{_PROTOBUF_LIMIT_BYTES}"
+            )
+        graph = helper.make_graph(self._nodes, "vision", [self._input], self._outputs, self._small)
+        model = helper.make_model(
+            graph,
+            ir_version=_IR_VERSION,
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            producer_name="edgevlm",
+        )
+        with path.open("wb") as stream:
+            stream.write(model.SerializeToString())
+            for name, (shape, load) in self._weights.items():
+                values = np.ascontiguousarray(load(), dtype=np.float32)
+                assert values.shape == shape, (name, values.shape, shape)
+                piece = onnx.GraphProto(initializer=[numpy_helper.from_array(values, name)])
+                body = piece.SerializeToString()
+                stream.write(b"\x3a" + _varint(len(body)))  # field 7 of ModelProto: graph
+                stream.write(body)
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
+
+
+def _quick_gelu(graph: Graph, x: str) -> str:
+    """x · sigmoid(1.702 x), CLIP's own."""
+    scaled = graph.op("Mul", x, graph.constant(1.702, np.float32))
+    return graph.op("Mul", x, graph.op("Sigmoid", scaled))
+
+
+def _erf_gelu(graph: Graph, x: str) -> str:
+    erf = graph.op("Erf", graph.op("Mul", x, graph.constant(math.sqrt(0.5), np.float32)))
+    half = graph.op("Mul", x, graph.constant(0.5, np.float32))
+    return graph.op("Mul", half, graph.op("Add", erf, graph.constant(1.0, np.float32)))
+
+
+def _tanh_gelu(graph: Graph, x: str) -> str:
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), arXiv 1606.08415."""
+    square = graph.op("Mul", x, x)
+    inner = graph.op("Mul", square, graph.constant(0.044715, np.float32))
+    inner = graph.op("Mul", x, graph.op("Add", inner, graph.constant(1.0, np.float32)))
+    inner = graph.op("Mul", inner, graph.constant(math.sqrt(2 / math.pi), np.float32))
+    half = graph.op("Mul", x, graph.constant(0.5, np.float32))
+    tanh = graph.op("Add", graph.op("Tanh", inner), graph.constant(1.0, np.float32))
+    return graph.op("Mul", half, tanh)
+
+
+_ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {  # names as in Hugging Face configs
+    "gelu": _erf_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "quick_gelu": _quick_gelu,
+}

@@ -1,0 +1,197 @@
+"""CLIP and SigLIP tensors → the tower's part of the vision graph, and the projector behind it.
+
+The patch embedding takes raw uint8 patches: rescale, mean and std live in its weights. Only the
+layers below the deepest hidden state that is read are written. Reference: transformers'
+modeling_clip.py, modeling_siglip.py and modeling_llava.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.errors import BundleError
+
+from .checkpoint import Checkpoint
+from .graph import Array, Graph
+
+_INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What the reference does to a uint8 value: (value · rescale - mean) / std, for R, G and B."""
+
+    rescale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Shape of a ViT; tensor names are transformers' after `prefix`."""
+
+    prefix: str
+    n_layers: int
+    n_heads: int
+    width: int
+    ff_width: int
+    image_px: int
+    patch_px: int
+    activation: str
+    eps: float
+    cls: bool  # CLIP: a class row in front, a norm before the first layer, no patch bias
+
+    @property
+    def n_patches(self) -> int:
+        return (self.image_px // self.patch_px) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        return 3 * self.patch_px**2
+
+
+def hidden_states(
+    graph: Graph,
+    weights: Checkpoint,
+    tower: Tower,
+    normalisation: Normalisation,
+    layers: Sequence[int],
+) -> list[str]:
+    """The hidden states `layers` (indices as transformers counts them: 0 is the first layer's
+    input, negative from the end), each float32 [tiles, n_patches (+ 1 with cls), width]."""
+    n_states = tower.n_layers + 1
+    for layer in layers:
+        if not -n_states <= layer < n_states:
+            raise BundleError(
+                f"vision_feature_layer {layer} is out of range: the tower has {tower.n_layers} "
+                "layers"
+            )
+    wanted = [layer % n_states for layer in layers]
+    value = _embed(graph, weights, tower, normalisation)
+    if tower.cls:
+        name = f"{tower.prefix}pre_layrnorm"  # transformers' spelling
+        value = graph.layer_norm(value, weights, name, tower.width, tower.eps)
+    states = [value]
+    for layer in range(max(wanted)):
+        value = _layer(graph, weights, tower, f"{tower.prefix}encoder.layers.{layer}", value)
+        states.append(value)
+    return [states[layer] for layer in wanted]
+
+
+def drop_first_row(graph: Graph, value: str) -> str:
+    """[tiles, n, width] → [tiles, n - 1, width]."""
+    starts, ends, axes = (graph.constant([v], np.int64) for v in (1, _INT64_MAX, 1))
+    return graph.op("Slice", value, starts, ends, axes)
+
+
+def projector(
+    graph: Graph, weights: Checkpoint, value: str, widths: tuple[int, int], activation: str
+) -> str:
+    """LLaVA's two linear layers, `widths` = in, out; biases where the checkpoint has them."""
+    n_in, n_out = widths
+    value = _linear(graph, weights, "multi_modal_projector.linear_1", value, (n_in, n_out))
+    value = graph.activation(value, activation)
+    return _linear(graph, weights, "multi_modal_projector.linear_2", value, (n_out, n_out))
+
+
+def _embed(graph: Graph, weights: Checkpoint, tower: Tower, normalisation: Normalisation) -> str:
+    """uint8 [tiles, n_patches, 3·P·P] → float32 [tiles, n_patches (+ 1), width]."""
+    prefix, width, patch_px = f"{tower.prefix}embeddings.", tower.width, tower.patch_px
+    kernel = weights.expect(f"{prefix}patch_embedding.weight", width, 3, patch_px, patch_px)
+    n_rows = tower.n_patches + tower.cls
+    positions = weights.expect(f"{prefix}position_embedding.weight", n_rows, width)
+    conv_bias = None if tower.cls else weights.expect(f"{prefix}patch_embedding.bias", width)
+    class_row = weights.expect(f"{prefix}class_embedding", width) if tower.cls else None
+
+    def matrix() -> Array:
+        return _fold(weights.get(kernel), normalisation)[0]
+
+    def table() -> Array:
+        """What is added to every row: position, the folded bias, and the class embedding."""
+        rows = weights.get(positions).astype(np.float64)
+        bias = _fold(weights.get(kernel), normalisation)[1]
+        if conv_bias is not None:
+            bias = bias + weights.get(conv_bias)
+        rows[tower.cls :] += bias
+        if class_row is not None:
+            rows[0] += weights.get(class_row)
+        return rows.astype(np.float32)[np.newaxis]
+
+    pixels = graph.op("Cast", "patches", to=1)  # 1 is TensorProto.FLOAT
+    name = f"{prefix}patch_embedding"
+    value = graph.linear(pixels, name, (tower.patch_values, width), matrix, None)
+    if tower.cls:  # an empty first row: the class embedding arrives with the table
+        value = graph.op("Pad", value, graph.constant([0, 1, 0, 0, 0, 0], np.int64))
+    return graph.op("Add", value, graph.weight(positions, (1, n_rows, width), table))
+
+
+def _fold(kernel: Array, normalisation: Normalisation) -> tuple[Array, npt.NDArray[np.float64]]:
+    """[width, 3, P, P] → matrix [3·P·P, width] for raw uint8 values, and its bias [width].
+
+    W · ((v · rescale - mean) / std) = (W · rescale / std) · v - Σ W · mean / std. In float64:
+    the bias sums hundreds of products that nearly cancel.
+    """
+    std = np.asarray(normalisation.std, np.float64)[:, np.newaxis, np.newaxis]
+    mean = np.asarray(normalisation.mean, np.float64)[:, np.newaxis, np.newaxis]
+    scaled = kernel.astype(np.float64) / std
+    bias = -(scaled * mean).sum(axis=(1, 2, 3))
+    matrix = (scaled * normalisation.rescale).reshape(len(kernel), -1).T
+    return matrix.astype(np.float32), bias
+
+
+def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: str) -> str:
+    width, ff_width = tower.width, tower.ff_width
+    normed = graph.layer_norm(value, weights, f"{name}.layer_norm1", width, tower.eps)
+    mixed = _attention(graph, weights, tower, f"{name}.self_attn", normed)
+    value = graph.op("Add", value, mixed)
+    normed = graph.layer_norm(value, weights, f"{name}.layer_norm2", width, tower.eps)
+    inner = _linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
+    inner = graph.activation(inner, tower.activation)
+    inner = _linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
+    return graph.op("Add", value, inner)
+
+
+def _attention(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: str) -> str:
+    """Full attention; Q, K and V in one MatMul, the 1/√head scale folded into Q."""
+    width, n_heads = tower.width, tower.n_heads
+    head = width // n_heads
+    for part in "qkv":
+        weights.expect(f"{name}.{part}_proj.weight", width, width)
+        weights.expect(f"{name}.{part}_proj.bias", width)
+
+    def fused(kind: str) -> Array:
+        parts = [weights.get(f"{name}.{part}_proj.{kind}") for part in "qkv"]
+        parts[0] = (parts[0] / np.sqrt(head)).astype(np.float32)
+        stacked: Array = np.concatenate(parts).T
+        return stacked
+
+    qkv = graph.linear(
+        value, f"{name}.qkv", (width, 3 * width), lambda: fused("weight"), lambda: fused("bias")
+    )
+    shape = graph.constant([0, 0, n_heads, head], np.int64)  # 0 keeps that axis
+    q, k, v = (graph.op("Reshape", part, shape) for part in graph.split3(qkv))
+    q = graph.op("Transpose", q, perm=[0, 2, 1, 3])  # [tiles, heads, n, head]
+    k = graph.op("Transpose", k, perm=[0, 2, 3, 1])  # [tiles, heads, head, n]
+    v = graph.op("Transpose", v, perm=[0, 2, 1, 3])
+    scores = graph.op("Softmax", graph.op("MatMul", q, k), axis=-1)
+    mixed = graph.op("Transpose", graph.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+    mixed = graph.op("Reshape", mixed, graph.constant([0, 0, width], np.int64))
+    return _linear(graph, weights, f"{name}.out_proj", mixed, (width, width))
+
+
+def _linear(
+    graph: Graph, weights: Checkpoint, name: str, value: str, shape: tuple[int, int]
+) -> str:
+    """One torch Linear, stored [out, in]; `shape` is [in, out]."""
+    n_in, n_out = shape
+    weight = weights.expect(f"{name}.weight", n_out, n_in)
+    bias = f"{name}.bias"
+    has_bias = bias in weights and bool(weights.expect(bias, n_out))
+    return graph.linear(
+        value, name, shape, lambda: weights.get(weight).T,
+        (lambda: weights.get(bias)) if has_bias else None,
+    )  # fmt: skip
