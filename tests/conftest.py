@@ -1,0 +1,29 @@
+"""Fixtures that several tests share; every test has a cache directory of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Verdicts and models of the tests stay out of the user's cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory))
+        patch.delenv("EDGEVLM_MODEL", raising=False)
+        yield directory
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """A smooth, colourful 130 × 90 picture that no resize leaves unchanged."""
+    y, x = np.mgrid[0:90, 0:130].astype(np.float64)
+    channels = [np.sin(x / 9) * np.cos(y / 13), np.cos(x * y / 900), np.sin((x - y) / 17)]
+    return Image.fromarray(np.uint8(127.5 + 127.5 * np.stack(channels, axis=-1)))
