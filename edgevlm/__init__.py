@@ -13,7 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgevlm.answer import Answer, EncodedImage, Piece, Timings
+    from edgevlm.answer import (
+        Answer,
+        Box,
+        EncodedImage,
+        Grounding,
+        Piece,
+        Point,
+        Reasoning,
+        Timings,
+    )
     from edgevlm.chat import Chat
     from edgevlm.engine import VLM, load
     from edgevlm.errors import (
@@ -37,6 +46,7 @@ __all__ = [
     "VLM",
     "Answer",
     "BackendError",
+    "Box",
     "BundleError",
     "Cancelled",
     "Chat",
@@ -44,12 +54,15 @@ __all__ = [
     "DeviceError",
     "EdgeVLMError",
     "EncodedImage",
+    "Grounding",
     "HubError",
     "ImageError",
     "Options",
     "OutputError",
     "Piece",
+    "Point",
     "PromptError",
+    "Reasoning",
     "Timings",
     "UnknownFamily",
     "load",
@@ -61,8 +74,12 @@ _HOMES = {
     "Chat": "chat",
     "Options": "options",
     "Answer": "answer",
+    "Box": "answer",
     "EncodedImage": "answer",
+    "Grounding": "answer",
     "Piece": "answer",
+    "Point": "answer",
+    "Reasoning": "answer",
     "Timings": "answer",
 }
 

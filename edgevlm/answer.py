@@ -42,6 +42,49 @@ class EncodedImage:
 
 
 @dataclass(frozen=True)
+class Box:
+    """An object that the model found.
+
+    Attributes:
+        x_min, y_min, x_max, y_max: in shares of width and height, 0 to 1. As the model says them:
+            a box at the edge may reach a little beyond the picture.
+        box_px: (x_min, y_min, x_max, y_max) in pixels of the upright picture, and inside it.
+    """
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+    box_px: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point that the model names: `x` and `y` in shares of width and height, 0 to 1."""
+
+    x: float
+    y: float
+    point_px: tuple[int, int]  # the pixel of the upright picture
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """The points that characters `start` to `end` of the thoughts are about."""
+
+    start: int
+    end: int
+    points: tuple[tuple[float, float], ...]  # (x, y), 0 to 1
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What the model thought before it answered."""
+
+    text: str
+    grounding: tuple[Grounding, ...]
+
+
+@dataclass(frozen=True)
 class Answer:
     """A whole answer and what it took.
 
@@ -52,6 +95,7 @@ class Answer:
         image_tokens: positions taken by pictures.
         input_px, model_px: (height, width) of each picture as it came, and as the model saw it.
         peak_rss_bytes: largest resident memory of this process so far.
+        reasoning: the thoughts, if they were asked for.
     """
 
     text: str
@@ -63,6 +107,7 @@ class Answer:
     model_px: tuple[tuple[int, int], ...]
     timings: Timings
     peak_rss_bytes: int
+    reasoning: Reasoning | None = None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgevlm import paths
 from edgevlm.errors import BundleError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -67,6 +71,23 @@ class Bundle:
 
     def sha256(self, name: str) -> str:
         return str(self.manifest["files"][name]["sha256"])
+
+    def arrays(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """The arrays of an .npz file of the bundle, by name, as float32.
+
+        Raises:
+            BundleError: the bundle has no such file, or it holds something else.
+        """
+        import numpy as np  # here, because `info` needs none
+
+        path = self.file(name)
+        if not self.has(name):
+            raise BundleError(f"{path.parent} lists no {name}: export the model again")
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {key: stored[key].astype(np.float32, copy=False) for key in stored}
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {error}") from error
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -15,8 +15,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from edgevlm import device, families, image, preprocess, registry, text, vision
-from edgevlm.answer import Answer, EncodedImage, Piece
+from edgevlm import device, families, image, preprocess, reasoning, region, registry, text, vision
+from edgevlm.answer import Answer, Box, EncodedImage, Piece, Point
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BundleError, PromptError
@@ -24,7 +24,7 @@ from edgevlm.language import Language
 from edgevlm.layout import Layout
 from edgevlm.meter import Meter
 from edgevlm.options import Options
-from edgevlm.prompt import Message
+from edgevlm.prompt import Message, Place, Segment
 from edgevlm.schema import check_answer
 from edgevlm.sessions import Session
 
@@ -114,10 +114,20 @@ class VLM:
 
         Raises as `ask` does.
         """
-        return self.ask(picture, self.question_for(length), **options)
+        return fold(self.stream(picture, length=length, **options))
 
-    def ask(self, pictures: Pictures, question: str, **options: Any) -> Answer:
+    def ask(
+        self,
+        pictures: Pictures,
+        question: str,
+        *,
+        places: Sequence[region.Spot] = (),
+        **options: Any,
+    ) -> Answer:
         """Answer a question about one or several pictures.
+
+        `places` are what the question points at, if the model can be pointed at things: points
+        (x, y) and boxes (x_min, y_min, x_max, y_max), 0 to 1.
 
         Raises:
             ImageError: a picture cannot be read; there is no answer without it.
@@ -126,13 +136,58 @@ class VLM:
             OutputError: the answer could not be finished as the schema demands.
             Cancelled: `cancel` was called.
         """
-        return fold(self.stream(pictures, question, **options))
+        return fold(self.stream(pictures, question, places=places, **options))
 
-    def stream(self, pictures: Pictures, question: str, **options: Any) -> Iterator[Piece]:
-        """Like `ask`, in pieces as they are made; the last one carries the answer."""
+    def stream(
+        self,
+        pictures: Pictures,
+        question: str = "",
+        *,
+        length: str | None = None,
+        places: Sequence[region.Spot] = (),
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Like `ask`, or with a `length` like `describe`, in pieces as they are made; the last
+        one carries the answer."""
         many = _as_list(pictures)
-        message = Message("user", question, tuple(range(len(many))))
+        message = Message(
+            "user",
+            question if length is None else self._family.describe(length),
+            tuple(range(len(many))),
+            length,
+            tuple(region.place(spot) for spot in places),
+        )
         return self.run([message], many, Options(**options))
+
+    def detect(self, picture: Picture, thing: str, *, max_objects: int = 50) -> list[Box]:
+        """Boxes around every `thing` in the picture.
+
+        Raises:
+            PromptError: this model cannot; raised before any work.
+            ImageError, ContextOverflow, Cancelled: as `ask` does.
+        """
+        segments = self._family.detect_prompt(thing)
+        places, size_px = self._find(picture, segments, sized=True, most=max_objects)
+        return [region.box(place, *size_px) for place in places]
+
+    def point(self, picture: Picture, thing: str, *, max_objects: int = 50) -> list[Point]:
+        """A point on every `thing` in the picture; raises as `detect` does."""
+        segments = self._family.point_prompt(thing)
+        places, size_px = self._find(picture, segments, sized=False, most=max_objects)
+        return [region.point(place, *size_px) for place in places]
+
+    def gaze(
+        self, picture: Picture, eye: tuple[float, float], *, always: bool = False
+    ) -> Point | None:
+        """Where the person looks whose eye is at `eye` (x, y, 0 to 1).
+
+        None if the model sees no target in the picture, unless it `always` has to name one.
+        Raises as `detect` does.
+        """
+        segments = self._family.gaze_prompt(region.place(eye))
+        at_least = 1 if always else 0
+        places, size_px = self._find(picture, segments, sized=False, most=1, at_least=at_least)
+        return region.point(places[0], *size_px) if places else None
 
     def chat(self, pictures: Pictures) -> Chat:
         """A conversation about pictures, which are encoded once."""
@@ -161,9 +216,12 @@ class VLM:
     ) -> Iterator[Piece]:
         """The path of a photo. A prompt that cannot be answered costs no work on pixels."""
         meter = Meter()
+        _check(messages)
         with self._exclusive():
             photos = [self._open(picture) for picture in pictures]
-            segments = self._family.prompt(_checked(messages), [p.layout for p in photos])
+            layouts = [photo.layout for photo in photos]
+            think = self._family.thinking(messages, layouts) if options.reasoning else None
+            segments = think.segments if think else self._family.prompt(messages, layouts)
             prompt = self._language.tokenize(segments)
             with self._language.sampler(options) as sampler:
                 images = [self._encode(photo, meter) for photo in photos]
@@ -171,6 +229,7 @@ class VLM:
                     self._language.set_threads(device.free_threads(self._threads))
                 with meter.stage("prefill"):
                     self._language.feed(prompt, images)
+                thoughts = reasoning.think(self._language, think, options) if think else None
                 tokens = self._language.tokens(sampler, options.max_tokens)
                 spoken = text.Spoken(tokens, options.stop, options.repetition_stop)
                 for said in spoken:
@@ -188,8 +247,30 @@ class VLM:
             model_px=tuple(encoded.layout.model_px for encoded in images),
             timings=meter.timings(self.load_ms),
             peak_rss_bytes=device.peak_rss_bytes(),
+            reasoning=thoughts,
         )
         yield Piece("", answer)
+
+    def _find(
+        self,
+        picture: Picture,
+        segments: Sequence[Segment],
+        *,
+        sized: bool,
+        most: int,
+        at_least: int = 0,
+    ) -> tuple[list[Place], tuple[int, int]]:
+        """What the model finds, and the picture's height and width in pixels."""
+        with self._exclusive():
+            photo = self._open(picture)
+            prompt = self._language.tokenize(segments)
+            encoded = self._encode(photo, Meter())
+            if self._share:
+                self._language.set_threads(device.free_threads(self._threads))
+            self._language.feed(prompt, [encoded])
+            ends: list[int] = self.bundle.manifest["generation"]["stop_token_ids"]
+            places = region.find(self._language, ends, sized=sized, most=most, at_least=at_least)
+        return places, encoded.input_px
 
     def _open(self, picture: Picture) -> _Photo | EncodedImage:
         """Read the header and lay the tiles out; nothing is decoded yet."""
@@ -212,13 +293,15 @@ class VLM:
                 preprocess.patches, pixels, layout, threads=self._threads, flag=cancel.flag
             )
         with meter.stage("encode"):
-            embeddings = cancel.call(vision.encode, self._session, patches, layout, cancel)
+            embeddings = cancel.call(
+                vision.encode, self._session, patches, layout, self._family, cancel
+            )
         model_sha256 = self.bundle.sha256("vision.onnx")
         return EncodedImage(
             embeddings=embeddings,
             layout=layout,
             input_px=(photo.image.height_px, photo.image.width_px),
-            key=model_sha256 + hashlib.sha256(patches.data).hexdigest(),
+            key=model_sha256 + _digest(patches.data, repr(layout).encode()),
             model_sha256=model_sha256,
         )
 
@@ -260,13 +343,19 @@ def fold(pieces: Iterator[Piece]) -> Answer:
     raise AssertionError("a stream ends with its answer")
 
 
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def _as_list(pictures: Pictures) -> list[Picture]:
     if isinstance(pictures, Sequence) and not isinstance(pictures, (str, bytes)):
         return [*pictures]
     return [pictures]
 
 
-def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+def _check(messages: Sequence[Message]) -> None:
     if not messages or not messages[-1].text.strip():
         raise PromptError("the question is empty")
-    return messages

@@ -18,17 +18,21 @@ from edgevlm.answer import EncodedImage, FinishReason
 from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BundleError, ContextOverflow, PromptError
-from edgevlm.llama import Context, Model, Sampler
+from edgevlm.llama import BATCH_TOKENS, Context, Model, Sampler
 from edgevlm.options import Options
-from edgevlm.prompt import ImageSlot, Segment, Text
+from edgevlm.prompt import ImageSlot, Place, Segment, Text, Tokens
+from edgevlm.region import Region
 from edgevlm.schema import to_grammar
+
+_Unit = int | ImageSlot | Place
+_Key = int | tuple[str, int]  # a token id, or a picture's key and the number of its embedding
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt: token ids and image slots in order."""
+    """A tokenized prompt: token ids, image slots and places in order."""
 
-    units: tuple[int | ImageSlot, ...]
+    units: tuple[_Unit, ...]
 
     @property
     def n_image_tokens(self) -> int:
@@ -58,7 +62,13 @@ class Language:
             )
         n_ctx: int = bundle.manifest["n_ctx"]
         self._context = Context(
-            self._model, n_ctx, threads=threads, flag=cancel.flag, precise=precise
+            self._model,
+            n_ctx,
+            threads=threads,
+            flag=cancel.flag,
+            precise=precise,
+            n_batch=max(BATCH_TOKENS, bundle.manifest["image"].get("bidirectional_tokens", 0)),
+            taps_hidden=bundle.has("region.npz"),
         )
         self._tokenizer = (
             Tokenizer.from_file(str(bundle.file("tokenizer.json")))
@@ -68,7 +78,9 @@ class Language:
         self._image_token: str = bundle.manifest["prompt"]["image_token"]
         self._bos: bool = bundle.manifest["prompt"]["bos"]
         self._defaults = bundle.manifest["generation"]
-        self._cached: list[int | str] = []  # token ids and picture keys at the cache's positions
+        self._bundle = bundle
+        self._region: Region | None = None
+        self._cached: list[_Key] = []  # what is at the cache's positions
 
     def tokenize(self, segments: Sequence[Segment]) -> Prompt:
         """Token ids of the prompt.
@@ -77,35 +89,50 @@ class Language:
             ContextOverflow: prompt and one token of answer do not fit the context.
             PromptError: the text contains the token that marks a picture.
         """
-        encode = self._encode_by_tokenizer if self._tokenizer else self._encode_by_llama
-        units = ([self._model.bos] if self._bos else []) + encode(segments)
+        together = self._tokenizer is not None and self._image_token
+        encode = self._encode_together if together else self._encode_apart
+        units: list[_Unit] = [self._model.bos] if self._bos else []
+        run: list[Text | ImageSlot | Place] = []
+        for segment in (*segments, Tokens(())):
+            if isinstance(segment, Tokens):
+                units += [*encode(run), *segment.ids]
+                run = []
+            else:
+                run.append(segment)
         prompt = Prompt(tuple(units))
         if prompt.n_tokens + 1 > self._context.n_ctx:
             raise ContextOverflow(prompt.n_tokens + 1, self._context.n_ctx)
         return prompt
 
-    def _encode_by_tokenizer(self, segments: Sequence[Segment]) -> list[int | ImageSlot]:
+    def _encode_together(self, segments: Sequence[Text | ImageSlot | Place]) -> list[_Unit]:
         # One string, as the reference does it: merges may cross the borders of segments.
         assert self._tokenizer is not None
         marker = self._tokenizer.token_to_id(self._image_token) or -1
         text = "".join(s.text if isinstance(s, Text) else self._image_token for s in segments)
-        slots = [s for s in segments if isinstance(s, ImageSlot)]
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        slots = [s for s in segments if not isinstance(s, Text)]
+        ids = self._ids(text)
         if ids.count(marker) != len(slots):
             raise PromptError(f"the text contains {self._image_token}, which marks a picture")
         remaining = iter(slots)
         return [next(remaining) if token == marker else token for token in ids]
 
-    def _encode_by_llama(self, segments: Sequence[Segment]) -> list[int | ImageSlot]:
-        units: list[int | ImageSlot] = []
+    def _encode_apart(self, segments: Sequence[Text | ImageSlot | Place]) -> list[_Unit]:
+        # Where no token marks a picture, what stands before and after it never meets.
+        units: list[_Unit] = []
         text = ""
         for segment in segments:
             if isinstance(segment, Text):
                 text += segment.text
             else:
-                units += [*self._model.tokenize(text), segment]
+                units += [*self._ids(text), segment]
                 text = ""
-        return units + self._model.tokenize(text)
+        return units + self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            return self._model.tokenize(text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def set_threads(self, threads: int) -> None:
         """For the calls that follow."""
@@ -129,29 +156,35 @@ class Language:
             if run:
                 self._decode(run, run)
                 run = []
-            if unit is not None:
-                image = images[unit.index]
-                self._decode(image.embeddings, [image.key] * unit.n_tokens)
+            if isinstance(unit, ImageSlot):
+                rows = images[unit.index].embeddings[unit.first : unit.first + unit.n_tokens]
+                self._decode(rows, _keys(unit, images), unit.bidirectional)
+            elif isinstance(unit, Place):
+                self._decode(self.region.rows(unit), _keys(unit, images))
 
-    def _common_prefix(
-        self, units: Sequence[int | ImageSlot], images: Sequence[EncodedImage]
-    ) -> int:
+    def extend(self, rows: list[int] | NDArray[np.float32]) -> None:
+        """Read more token ids, or embeddings float32 [n, n_embd], after what was read."""
+        unlike_any: _Key = ("", 0)  # what no prompt begins with
+        self._decode(rows, [unlike_any] * len(rows) if isinstance(rows, np.ndarray) else rows)
+
+    def _common_prefix(self, units: Sequence[_Unit], images: Sequence[EncodedImage]) -> int:
         """How many units the cache holds already; the last is always read again for its logits."""
         position = 0
         for count, unit in enumerate(units[:-1]):
-            width = _width(unit)
-            wanted = [unit] if isinstance(unit, int) else [images[unit.index].key] * width
-            if self._cached[position : position + width] != wanted:
+            wanted = _keys(unit, images)
+            if self._cached[position : position + len(wanted)] != wanted:
                 return count
-            position += width
+            position += len(wanted)
         return len(units) - 1
 
-    def sampler(self, options: Options) -> Sampler:
-        """What chooses the tokens; close it after use.
+    def sampler(self, options: Options, banned_ids: Sequence[int] | None = None) -> Sampler:
+        """What chooses the tokens; close it after use. `banned_ids` replace the model's own.
 
         Raises:
             PromptError: a schema or grammar that cannot be used.
         """
+        if banned_ids is None:
+            banned_ids = self._defaults.get("banned_token_ids", ())
         grammar = options.grammar if options.schema is None else to_grammar(options.schema)
         return Sampler(
             self._model,
@@ -161,6 +194,7 @@ class Language:
             seed=options.seed,
             repeat_penalty=options.repeat_penalty or self._defaults["repeat_penalty"],
             grammar=grammar,
+            banned_ids=banned_ids,
         )
 
     def tokens(
@@ -171,10 +205,9 @@ class Language:
         Raises:
             Cancelled, BackendError: while decoding.
         """
-        room = self._context.n_ctx - len(self._cached)
-        limit = min(max_tokens or self._defaults["max_tokens"], room)
+        limit = min(self.limit(max_tokens), self.room)
         for count in range(1, limit + 1):
-            token = self._cancel.call(sampler.sample, self._context)
+            token = self.sample(sampler)
             if self._model.is_end(token) or token in self._defaults["stop_token_ids"]:
                 return "stop"
             yield token, self._model.piece(token)
@@ -182,13 +215,54 @@ class Language:
                 self._decode([token], [token])
         return "length"
 
+    def sample(self, sampler: Sampler) -> int:
+        """The next token; the cache stays as it is."""
+        return self._cancel.call(sampler.sample, self._context)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; may end inside a character."""
+        return self._model.piece(token)
+
+    def limit(self, max_tokens: int | None) -> int:
+        """`max_tokens`, or as many as the model speaks by default."""
+        return max_tokens or int(self._defaults["max_tokens"])
+
+    @property
+    def room(self) -> int:
+        """Positions that the context still has."""
+        return self._context.n_ctx - len(self._cached)
+
     def logits(self) -> NDArray[np.float32]:
         """Of the next token, float32 [n_vocab]."""
         return self._context.logits()
 
-    def _decode(self, rows: list[int] | NDArray[np.float32], keys: Sequence[int | str]) -> None:
+    def hidden(self) -> NDArray[np.float32]:
+        """Of the last position, before the final norm: float32 [n_embd]. Where region.npz is."""
+        return self._context.hidden()
+
+    @property
+    def region(self) -> Region:
+        """Coordinates as this model reads and says them.
+
+        Raises:
+            BundleError: the bundle has no region.npz, or it is damaged.
+        """
+        if self._region is None:
+            log_sizes = self._bundle.manifest.get("region", {}).get("log_sizes", True)
+            self._region = Region(self._bundle.arrays("region.npz"), log_sizes)
+        return self._region
+
+    def _decode(
+        self,
+        rows: list[int] | NDArray[np.float32],
+        keys: Sequence[_Key],
+        bidirectional: bool = False,
+    ) -> None:
         try:
-            self._cancel.call(self._context.decode, rows, len(self._cached))
+            if bidirectional and isinstance(rows, np.ndarray):
+                self._cancel.call(self._context.decode_bidirectional, rows, len(self._cached))
+            else:
+                self._cancel.call(self._context.decode, rows, len(self._cached))
         except BaseException:
             self._forget_from(len(self._cached))
             raise
@@ -203,5 +277,13 @@ class Language:
         self._model.close()
 
 
-def _width(unit: int | ImageSlot) -> int:
+def _keys(unit: _Unit, images: Sequence[EncodedImage]) -> list[_Key]:
+    if isinstance(unit, int):
+        return [unit]
+    if isinstance(unit, Place):
+        return [(repr(unit), n) for n in range(unit.n_tokens)]
+    return [(images[unit.index].key, unit.first + n) for n in range(unit.n_tokens)]
+
+
+def _width(unit: _Unit) -> int:
     return 1 if isinstance(unit, int) else unit.n_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ _log = logging.getLogger("edgevlm.llama")
 _complaints: deque[str] = deque(maxlen=8)  # llama.cpp's last warnings, for error messages
 _WARNING, _CONTINUED = 3, 5  # ggml_log_level
 
+BATCH_TOKENS = 512  # llama.cpp's own default for what it computes at once
 _PENALTY_WINDOW_TOKENS = 64
 _F32, _F16 = 0, 1  # ggml_type
 _PIECE_BYTES = 256
@@ -108,9 +110,20 @@ class Context:
     """The cache of one conversation. Positions count from 0, one for each token or embedding."""
 
     def __init__(
-        self, model: Model, n_ctx: int, *, threads: int, flag: Flag, precise: bool = False
+        self,
+        model: Model,
+        n_ctx: int,
+        *,
+        threads: int,
+        flag: Flag,
+        precise: bool = False,
+        n_batch: int = BATCH_TOKENS,
+        taps_hidden: bool = False,
     ) -> None:
         """`precise` keeps keys and values in float32, to compare with a reference.
+
+        At most `n_batch` rows can attend to each other in both directions; `taps_hidden` makes
+        `hidden` available, at the price of a Python call for each node of the graph.
 
         Raises:
             BackendError: no memory for a cache of `n_ctx` positions.
@@ -118,12 +131,15 @@ class Context:
         _complaints.clear()
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = min(n_ctx, 512)
+        params.n_batch = params.n_ubatch = min(n_ctx, n_batch)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slower to decode on CPUs
         params.type_k = params.type_v = _F32 if precise else _F16
         params.abort_callback = ctypes.cast(abort_callback(), lib.ggml_abort_callback)
         params.abort_callback_data = flag.address
+        self._tap = _Tap(model) if taps_hidden else None
+        if self._tap is not None:
+            params.cb_eval = self._tap.callback
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise _failure(f"cannot make a context of {n_ctx} tokens")
@@ -150,6 +166,16 @@ class Context:
                 raise Cancelled("cancelled")
             if code != 0:
                 raise _failure(f"failed to decode {len(part)} rows (code {code})")
+
+    def decode_bidirectional(self, rows: NDArray[np.float32], position: int) -> None:
+        """Like `decode`, but every row attends to every other: all go in one batch."""
+        if len(rows) > self._n_batch:
+            raise ValueError(f"{len(rows)} rows; this context takes {self._n_batch} at once")
+        lib.llama_set_causal_attn(self.handle, False)
+        try:
+            self.decode(rows, position)
+        finally:
+            lib.llama_set_causal_attn(self.handle, True)
 
     def _decode_batch(self, rows: Sequence[int] | NDArray[np.float32], position: int) -> int:
         n = len(rows)
@@ -182,10 +208,43 @@ class Context:
         pointer = lib.llama_get_logits_ith(self.handle, -1)
         return np.array(np.ctypeslib.as_array(pointer, (self._model.n_vocab,)), np.float32)
 
+    def hidden(self) -> NDArray[np.float32]:
+        """The last row's output of the last layer, before the final norm: float32 [n_embd]."""
+        if self._tap is None:
+            raise ValueError("this context was made without taps_hidden")
+        return np.array(self._tap.row)
+
     def close(self) -> None:
         if self.handle:
             lib.llama_free(self.handle)
             self.handle = None
+
+
+class _Tap:
+    """Copies the last layer's output while llama.cpp computes.
+
+    Its API gives the state after the final norm only, and a norm cannot be undone.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.row: NDArray[np.float32] = np.zeros(model.n_embd, np.float32)
+        self.callback = lib.ggml_backend_sched_eval_callback(self._see)
+        self._name = f"l_out-{lib.llama_model_n_layer(model.handle) - 1}".encode()
+        ggml = lib._lib  # the binding declares llama.cpp's functions only
+        self._name_of = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", ggml))
+        self._n_bytes_of = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(("ggml_nbytes", ggml))
+        self._copy = ctypes.CFUNCTYPE(
+            None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
+        )(("ggml_backend_tensor_get", ggml))
+
+    def _see(self, tensor: int, asks: bool, _: object) -> bool:
+        """Called twice: whether a tensor is wanted, and when it is there. True goes on."""
+        if asks:
+            return bool(self._name_of(tensor) == self._name)
+        end_bytes, row_bytes = self._n_bytes_of(tensor), self.row.nbytes
+        if end_bytes:  # a batch without the row whose logits are wanted leaves it empty
+            self._copy(tensor, self.row.ctypes.data, end_bytes - row_bytes, row_bytes)
+        return True
 
 
 class Sampler:
@@ -201,6 +260,7 @@ class Sampler:
         seed: int,
         repeat_penalty: float,
         grammar: str | None,
+        banned_ids: Sequence[int] = (),
     ) -> None:
         """Raises PromptError: llama.cpp does not accept the grammar."""
         _complaints.clear()
@@ -211,6 +271,11 @@ class Sampler:
                 self.close()
                 raise PromptError(f"not a GBNF grammar with a root rule: {'; '.join(_complaints)}")
             self._add(constraint)
+        if banned_ids:
+            biases = (lib.llama_logit_bias * len(banned_ids))(
+                *(lib.llama_logit_bias(token, -math.inf) for token in banned_ids)
+            )
+            self._add(lib.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases))
         if repeat_penalty != 1:
             self._add(
                 lib.llama_sampler_init_penalties(

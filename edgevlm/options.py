@@ -26,6 +26,7 @@ class Options:
         schema: JSON schema that the answer must satisfy.
         grammar: GBNF grammar (llama.cpp's grammars/README.md) that the answer must satisfy.
         repetition_stop: end an answer that has begun to loop.
+        reasoning: think first, if the model can; the thoughts are in `Answer.reasoning`.
     """
 
     max_tokens: int | None = None
@@ -38,6 +39,7 @@ class Options:
     schema: Mapping[str, Any] | None = None
     grammar: str | None = None
     repetition_stop: bool = True
+    reasoning: bool = False
 
     def __post_init__(self) -> None:
         """Raises PromptError for values outside their range."""

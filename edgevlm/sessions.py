@@ -6,7 +6,9 @@ ORT threads would otherwise take the cores from llama.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -19,7 +21,7 @@ ERRORS_ONLY = 3  # ORT's log severity
 
 
 class Session:
-    """One ONNX graph with one input and one output."""
+    """One ONNX graph with one output."""
 
     def __init__(self, path: Path, threads: int) -> None:
         options = ort.SessionOptions()
@@ -31,11 +33,10 @@ class Session:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             raise BackendError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
-        self._input = self._session.get_inputs()[0].name
         self.output_width = self._session.get_outputs()[0].shape[-1]
 
-    def run(self, array: NDArray[np.generic], cancel: Cancel) -> NDArray[np.float32]:
-        """Run the graph.
+    def run(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> NDArray[np.float32]:
+        """Run the graph on arrays by the names of its inputs.
 
         Raises:
             Cancelled: `cancel` was set while it ran.
@@ -50,7 +51,7 @@ class Session:
         cancel.stops_with(terminate)
         try:
             cancel.check()
-            (output,) = self._session.run(None, {self._input: array}, run_options)
+            (output,) = self._session.run(None, dict(inputs), run_options)
         except Cancelled:
             raise
         except Exception as error:  # onnxruntime's exceptions have no base class of their own

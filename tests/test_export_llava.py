@@ -323,7 +323,7 @@ def test_prompt_is_recognised(
 def test_prompt_without_evidence_must_be_named(tmp_path: Path) -> None:
     tiny.llava(tmp_path / "in")
     (tmp_path / "in" / "chat_template.jinja").unlink()
-    with pytest.raises(BundleError, match="prompt=: phi-3, llama-3, vicuna"):
+    with pytest.raises(BundleError, match=r"prompt=: .*phi-3, llama-3, .*vicuna"):
         export(tmp_path / "in", tmp_path / "out")
     bundle = export(tmp_path / "in", tmp_path / "out", prompt="vicuna")
     assert json.loads((bundle / "bundle.json").read_text())["prompt"]["generate"] == "ASSISTANT:"

@@ -30,14 +30,17 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
 IMAGE = "<image>"
 PHI_3 = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 VICUNA = (  # as llava-1.5's own: the words of the roles are made from their names
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{{ m['content'] }} {% endfor %}"
@@ -91,13 +94,14 @@ def llava(
 ) -> LlavaForConditionalGeneration:
     """A LLaVA checkpoint in `path`; returns the float32 reference.
 
-    `prompt` is "vicuna", "llama-3" or "phi-3" (default: by `text`); it also chooses the kind of
-    tokenizer. `vision`, `language` and `config` override config fields, `names` is in SCHEMES.
+    `prompt` is "vicuna", "llama-3", "phi-3" or "chatml" (default: by `text`); it also chooses the
+    kind of tokenizer. `vision`, `language` and `config` override config fields, `names` is in
+    SCHEMES.
     """
-    prompt = prompt or {"llama": "vicuna", "phi3": "phi-3"}[text]
+    prompt = prompt or {"phi3": "phi-3", "qwen2": "chatml"}.get(text, "vicuna")
     tokenizer = (
-        byte_level(LLAMA_3)
-        if prompt == "llama-3"
+        byte_level(LLAMA_3 if prompt == "llama-3" else CHATML)
+        if prompt in ("llama-3", "chatml")
         else sentencepiece(PHI_3 if prompt == "phi-3" else ())
     )
     torch.manual_seed(seed)
@@ -109,7 +113,7 @@ def llava(
             **(config or {}),
         )
     )
-    _randomise(model)
+    randomise(model)
     model.to(dtype).save_pretrained(path, max_shard_size=shard)
     # loaded again: .float() alone would keep rope frequencies that .to(dtype) rounded
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
@@ -142,11 +146,16 @@ def _vision_config(
 
 def _text_config(
     text: str, tokenizer: Tokenizer, override: dict[str, object]
-) -> LlamaConfig | Phi3Config:
-    kind = {"llama": LlamaConfig, "phi3": Phi3Config}[text]
+) -> LlamaConfig | MistralConfig | Phi3Config | Qwen2Config:
+    kind = {
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "phi3": Phi3Config,
+        "qwen2": Qwen2Config,
+    }[text]
     end = next(
         tokenizer.token_to_id(token)
-        for token in ("<|eot_id|>", "<|end|>", "</s>")
+        for token in ("<|eot_id|>", "<|end|>", "<|im_end|>", "</s>")
         if tokenizer.token_to_id(token) is not None
     )
     shape = {
@@ -165,7 +174,7 @@ def _text_config(
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module) -> None:
+def randomise(model: torch.nn.Module) -> None:
     for name, value in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             value.normal_(1.0, 0.2)
@@ -188,7 +197,8 @@ def _save_processors(
         processor = SiglipImageProcessorPil(size={"height": image_px, "width": image_px})
     processor.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
-    bos, eos = ("<|begin_of_text|>", "<|end_of_text|>") if prompt == "llama-3" else ("<s>", "</s>")
+    bytes_ = prompt in ("llama-3", "chatml")
+    bos, eos = ("<|begin_of_text|>", "<|end_of_text|>") if bytes_ else ("<s>", "</s>")
     (path / "tokenizer_config.json").write_text(
         json.dumps(
             {
@@ -231,18 +241,24 @@ def sentencepiece(extra: tuple[str, ...] = ()) -> Tokenizer:
 
 
 def byte_level(extra: tuple[str, ...] = ()) -> Tokenizer:
-    """GPT-2's byte-level BPE: what Llama 3 ships."""
+    """GPT-2's byte-level BPE as Llama 3 ships it: with a token in front of every text."""
+    tokenizer = byte_level_bpe(("<|begin_of_text|>", "<|end_of_text|>"))
+    return _finish(tokenizer, "<|begin_of_text|>", extra)
+
+
+def byte_level_bpe(special: tuple[str, ...]) -> Tokenizer:
+    """GPT-2's byte-level BPE; `special` tokens take the first ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=450,
-        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    return _finish(tokenizer, "<|begin_of_text|>", extra)
+    return tokenizer
 
 
 def _finish(tokenizer: Tokenizer, bos: str, extra: tuple[str, ...]) -> Tokenizer:

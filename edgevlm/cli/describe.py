@@ -27,10 +27,9 @@ def command(photos: tuple[str, ...], length: str, **arguments: Any) -> int:
     chosen = options.sampling_options(arguments)
     with options.open_model(arguments) as vlm:
         arguments["model_name"] = vlm.bundle.name
-        question = vlm.question_for(length)
 
         def show(photo: str) -> None:
             label = f"{photo}: " if len(photos) > 1 else ""
-            show_answer(vlm.stream(photo, question, **chosen), arguments, [photo], label)
+            show_answer(vlm.stream(photo, length=length, **chosen), arguments, [photo], label)
 
         return each_photo(photos, show)

@@ -6,18 +6,26 @@ come from bundle.json; docs/adding-a-family.md shows how to write one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgevlm.bundle import Bundle
-from edgevlm.errors import UnknownFamily
+from edgevlm.errors import PromptError, UnknownFamily
 from edgevlm.layout import Layout
-from edgevlm.prompt import Message, Segment
+from edgevlm.prompt import Message, Place, Segment, Thinking
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Runs = Sequence[tuple[slice, Mapping[str, NDArray[Any]]]]
 
 
 class Family(Protocol):
+    """What the engine asks of a family; one that inherits need not write what has a default."""
+
     def layout(self, height: int, width: int) -> Layout:
         """Resizes, tiles and number of image tokens of a picture of that size in pixels."""
 
@@ -26,6 +34,43 @@ class Family(Protocol):
 
     def describe(self, length: str) -> str:
         """The question that asks for a description: "short", "normal" or "long"."""
+
+    def graph_inputs(self, layout: Layout) -> Mapping[str, NDArray[Any]]:
+        """Inputs of the vision graph besides the patches, by name."""
+        return {}
+
+    def runs(self, layout: Layout) -> Runs:
+        """Which tiles go through the graph together, in order, and their further inputs.
+
+        Where the graph treats each tile alone, one at a time takes the least memory.
+        """
+        return [(slice(None), self.graph_inputs(layout))]
+
+    def merge(self, features: NDArray[np.float32], layout: Layout) -> NDArray[np.float32]:
+        """What the graph gives, float32 [tiles, tokens a tile, n_embd] → embeddings
+        float32 [n_tokens, n_embd]."""
+        return features.reshape(-1, features.shape[-1])
+
+    def detect_prompt(self, thing: str) -> list[Segment]:
+        """About picture 0: find boxes of `thing`. Needs the bundle's region.npz."""
+        raise PromptError("this model does not detect: it has no outputs for places")
+
+    def point_prompt(self, thing: str) -> list[Segment]:
+        """About picture 0: find points on `thing`. Needs the bundle's region.npz."""
+        raise PromptError("this model does not point: it has no outputs for places")
+
+    def gaze_prompt(self, eye: Place) -> list[Segment]:
+        """About picture 0: where somebody looks. Needs the bundle's region.npz."""
+        raise PromptError("this model does not follow gazes: it has no outputs for places")
+
+    def thinking(self, messages: Sequence[Message], layouts: Sequence[Layout]) -> Thinking:
+        """Like `prompt`, for an answer that is reasoned about first."""
+        raise PromptError("this model does not reason before it answers: ask without")
+
+
+def one_by_one(layout: Layout) -> Runs:
+    """`runs` of a family whose graph treats each tile alone."""
+    return [(slice(n, n + 1), {}) for n in range(layout.n_tiles)]
 
 
 def names() -> list[str]:

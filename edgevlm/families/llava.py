@@ -6,12 +6,14 @@ transformers' CLIPImageProcessor and LLaVA's own `expand2square`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from edgevlm import families
 from edgevlm.bundle import MANIFEST, Bundle, check_shape
-from edgevlm.errors import BundleError, PromptError
+from edgevlm.errors import BundleError
 from edgevlm.layout import Layout, View
-from edgevlm.prompt import ImageSlot, Message, Segment, Text
+from edgevlm.prompt import ImageSlot, Message, Segment
+from edgevlm.turns import Turns
 
 _IMAGE = {
     "fit": str,
@@ -24,28 +26,14 @@ _IMAGE = {
 }
 _FITS = ("crop", "pad", "stretch")
 _FILTERS = ("bicubic", "bilinear", "lanczos", "box")
-_PROMPT = {
-    "system": str,
-    "user": str,
-    "assistant": str,
-    "generate": str,
-    "image": str,
-    "image_token": str,
-    "describe": {"short": str, "normal": str, "long": str},
-}
 
 
-class Family:
+class Family(families.Family):
     def __init__(self, bundle: Bundle) -> None:
         self._image = bundle.manifest["image"]
-        self._prompt = bundle.manifest["prompt"]
         path = bundle.file(MANIFEST)
         check_shape(path, self._image, _IMAGE)
-        check_shape(path, self._prompt, _PROMPT)
-        slot = self._prompt["image_token"]
-        for key, mark in (("user", "{content}"), ("assistant", "{content}"), ("image", slot)):
-            if not mark or self._prompt[key].count(mark) != 1:
-                raise BundleError(f"{path}: the prompt's {key!r} must hold {mark!r} once")
+        self._turns = Turns(path, bundle.manifest["prompt"])
         side, patch, fill = (self._image[key] for key in ("size_px", "patch_px", "fill"))
         for key, fits, expected in (
             ("fit", self._image["fit"] in _FITS, f"one of {', '.join(_FITS)}"),
@@ -78,27 +66,9 @@ class Family:
         )
 
     def prompt(self, messages: Sequence[Message], layouts: Sequence[Layout]) -> list[Segment]:
-        segments: list[Segment] = []
-        if not messages or messages[0].role != "system":
-            segments.append(Text(self._prompt["system"]))
-        for message in messages:
-            before, after = self._around(message.role)
-            segments.append(Text(before))
-            for index in message.images:
-                ahead, behind = self._prompt["image"].split(self._prompt["image_token"])
-                slot = ImageSlot(index, layouts[index].n_tokens)
-                segments += [Text(ahead), slot, Text(behind)]
-            segments += [Text(message.text.strip()), Text(after)]
-        segments.append(Text(self._prompt["generate"]))
-        return [s for s in segments if not isinstance(s, Text) or s.text]
+        return self._turns.segments(
+            messages, lambda index: [ImageSlot(index, layouts[index].n_tokens)]
+        )
 
     def describe(self, length: str) -> str:
-        questions: Mapping[str, str] = self._prompt["describe"]
-        if length not in questions:
-            raise PromptError(f"length is {length!r}; it must be one of {', '.join(questions)}")
-        return questions[length]
-
-    def _around(self, role: str) -> tuple[str, str]:
-        template: str = self._prompt["user" if role == "system" else role]
-        before, after = template.split("{content}")
-        return before, after
+        return self._turns.describe(length)

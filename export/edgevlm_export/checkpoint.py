@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,9 @@ _INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """Where a tensor lies in a safetensors file."""
+
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -36,22 +38,37 @@ class _Entry:
     stop_bytes: int
 
 
+class Adapter(Protocol):
+    """What changes tensors on their way out of a checkpoint; see lora.py."""
+
+    def rename(self, rule: Callable[[str], str]) -> None: ...
+
+    def merged(self, name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]: ...
+
+
 class Checkpoint:
     """One checkpoint directory; `rename` maps stored tensor names to the ones a family asks for."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tokenizer: Path | None = None) -> None:
+        """`tokenizer` is a tokenizer.json that takes the place of the checkpoint's own."""
         if not directory.is_dir():
             raise BundleError(f"{directory} is not a directory: give a checkpoint's directory")
         self.directory = directory
+        self.tokenizer = tokenizer or directory / "tokenizer.json"
         config = self.json("config.json")
         if config is None:
             raise BundleError(f"{directory} has no config.json: it is not a checkpoint")
         self.config = config
         self._entries = _entries(directory)
+        self._adapter: Adapter | None = None
+
+    def adapt(self, adapter: Adapter) -> None:
+        """From now on `get` gives the tensors with `adapter` merged into them."""
+        self._adapter = adapter
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The object in the JSON file `name`, or None when there is no such file."""
-        path = self.directory / name
+        path = self.tokenizer if name == "tokenizer.json" else self.directory / name
         if not path.is_file():
             return None
         try:
@@ -64,12 +81,14 @@ class Checkpoint:
 
     def rename(self, rule: Callable[[str], str]) -> None:
         """Apply `rule` to every tensor name; two names that become one are an error."""
-        renamed: dict[str, _Entry] = {}
+        renamed: dict[str, Entry] = {}
         for name, entry in self._entries.items():
             if (new := rule(name)) in renamed:
                 raise BundleError(f"{self.directory} holds {new} twice, once as {name}")
             renamed[new] = entry
         self._entries = renamed
+        if self._adapter is not None:
+            self._adapter.rename(rule)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,29 +111,34 @@ class Checkpoint:
 
     def get(self, name: str) -> npt.NDArray[np.float32]:
         """Tensor `name` as float32; BundleError for NaN, Inf and quantized storage."""
-        entry = self._entry(name)
-        if entry.dtype not in _FLOATS:
-            raise BundleError(
-                f"{name} is stored as {entry.dtype}; only {', '.join(_FLOATS)} can be exported: "
-                "take the unquantized checkpoint"
-            )
-        storage, _ = _FLOATS[entry.dtype]
-        count = math.prod(entry.shape)
-        raw = np.fromfile(entry.file, dtype=storage, count=count, offset=entry.start_bytes)
-        if raw.size != count:
-            raise BundleError(f"{entry.file} ends inside {name}: fetch it again")
-        if entry.dtype == "BF16":  # the upper half of a float32
-            raw = np.left_shift(raw, np.uint32(16), dtype=np.uint32).view(np.float32)
-        values = raw.astype(np.float32, copy=False).reshape(entry.shape)
-        # NaN and Inf both show in the extremes, without a second array
-        if count and not np.isfinite([values.min(), values.max()]).all():
-            raise BundleError(f"{name} in {entry.file.name} holds NaN or Inf: fetch it again")
-        return values
+        values = read(name, self._entry(name))
+        return values if self._adapter is None else self._adapter.merged(name, values)
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise BundleError(f"{name} is missing in {self.directory}")
         return self._entries[name]
+
+
+def read(name: str, entry: Entry) -> npt.NDArray[np.float32]:
+    """The tensor as float32; BundleError for NaN, Inf and quantized storage."""
+    if entry.dtype not in _FLOATS:
+        raise BundleError(
+            f"{name} is stored as {entry.dtype}; only {', '.join(_FLOATS)} can be exported: "
+            "take the unquantized checkpoint"
+        )
+    storage, _ = _FLOATS[entry.dtype]
+    count = math.prod(entry.shape)
+    raw = np.fromfile(entry.file, dtype=storage, count=count, offset=entry.start_bytes)
+    if raw.size != count:
+        raise BundleError(f"{entry.file} ends inside {name}: fetch it again")
+    if entry.dtype == "BF16":  # the upper half of a float32
+        raw = np.left_shift(raw, np.uint32(16), dtype=np.uint32).view(np.float32)
+    values = raw.astype(np.float32, copy=False).reshape(entry.shape)
+    # NaN and Inf both show in the extremes, without a second array
+    if count and not np.isfinite([values.min(), values.max()]).all():
+        raise BundleError(f"{name} in {entry.file.name} holds NaN or Inf: fetch it again")
+    return values
 
 
 NUMBER = (int, float)
@@ -142,7 +166,7 @@ def whole_number(config: Mapping[str, Any], key: str, where: Path) -> int:
     return value
 
 
-def _entries(directory: Path) -> dict[str, _Entry]:
+def _entries(directory: Path) -> dict[str, Entry]:
     """Every tensor of the directory's shards, checked against the index where there is one."""
     single = directory / "model.safetensors"
     index = directory / _INDEX
@@ -152,24 +176,24 @@ def _entries(directory: Path) -> dict[str, _Entry]:
                 f"{directory} has neither model.safetensors nor {_INDEX}: pickled and GGUF "
                 "weights are not read here"
             )
-        return _header(single)
+        return header(single)
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{index} is not a safetensors index: fetch it again") from error
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for shard in shards:
         if not (directory / shard).is_file():
             raise BundleError(f"{shard} is named in {index} and not there: fetch it")
-        entries |= _header(directory / shard)
+        entries |= header(directory / shard)
     for name, shard in weight_map.items():
         if name not in entries or entries[name].file.name != shard:
             raise BundleError(f"{name} is missing in {directory / shard}, where {_INDEX} puts it")
     return entries
 
 
-def _header(file: Path) -> dict[str, _Entry]:
+def header(file: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file (format: safetensors README, "Format")."""
     size_bytes = file.stat().st_size
     broken = f"{file} is not a whole safetensors file: fetch it again"
@@ -178,17 +202,17 @@ def _header(file: Path) -> dict[str, _Entry]:
         if len(prefix) < 8 or (header_bytes := struct.unpack("<Q", prefix)[0]) > size_bytes - 8:
             raise BundleError(broken)
         try:
-            header = json.loads(stream.read(header_bytes))
-            header.pop("__metadata__", None)
+            listed = json.loads(stream.read(header_bytes))
+            listed.pop("__metadata__", None)
             entries = {
-                name: _Entry(
+                name: Entry(
                     file,
                     item["dtype"],
                     tuple(item["shape"]),
                     8 + header_bytes + item["data_offsets"][0],
                     8 + header_bytes + item["data_offsets"][1],
                 )
-                for name, item in header.items()
+                for name, item in listed.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise BundleError(broken) from error

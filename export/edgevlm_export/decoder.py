@@ -1,6 +1,6 @@
-"""A llama or phi3 decoder's config and tensors → the plan of its GGUF file.
+"""A llama, mistral, phi3 or qwen2 decoder's config and tensors → the plan of its GGUF file.
 
-Names and layouts are what llama.cpp reads (src/models/llama.cpp, src/models/phi3.cpp). Everything
+Names and layouts are what llama.cpp reads (src/models/{llama,phi3,qwen2}.cpp). Everything
 is checked here, before a file is opened: config fields that change the arithmetic and are not
 understood, and tensors that nothing reads, are refused.
 """
@@ -37,7 +37,7 @@ _KINDS: Kinds = {
 }
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # The reference's defaults, which older configs leave out
-# (transformers LlamaConfig and Phi3Config).
+# (transformers LlamaConfig, MistralConfig, Phi3Config and Qwen2Config).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": 4096,
@@ -56,7 +56,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "original_max_position_embeddings": 4096,
     },
+    "mistral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+    },
+    "qwen2": {
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    },
 }
+# config.json's model_type -> llama.cpp's architecture
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "phi3": "phi3", "qwen2": "qwen2"}
 
 
 def architecture(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
@@ -68,28 +88,33 @@ def architecture(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
     fused = "language_model.layers.0.self_attn.qkv_proj.weight" in checkpoint
     by_tensors = "phi3" if fused else "llama"
     by_config = config.get("model_type", by_tensors)
-    if by_config not in _DEFAULTS:
+    if by_config not in _ARCHITECTURES:
         raise BundleError(
             f"the language model of {checkpoint.directory} is {by_config!r}; known: "
-            f"{', '.join(_DEFAULTS)}"
+            f"{', '.join(_ARCHITECTURES)}"
         )
-    if by_config != by_tensors:
+    if fused != (by_config == "phi3"):
         raise BundleError(
             f"text_config says {by_config}, the attention tensors are {by_tensors}'s in "
             f"{checkpoint.directory}: config.json belongs to another checkpoint"
         )
-    return by_tensors
+    return _ARCHITECTURES[by_config]
 
 
 def complete(checkpoint: Checkpoint, arch: str, text: dict[str, Any]) -> dict[str, Any]:
-    """The text config with defaults filled in and `rope` made one object; refusals raised here."""
+    """The stored text config with defaults filled in and `rope` made one object.
+
+    What llama.cpp would compute otherwise is refused here.
+    """
     where = checkpoint.directory / "config.json"
-    config = {**_DEFAULTS[arch], **section(text, _KINDS, where)}
+    config = {**_DEFAULTS[text.get("model_type") or arch], **section(text, _KINDS, where)}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     for key in (*_SIZES, *(("original_max_position_embeddings",) if arch == "phi3" else ())):
         whole_number(config, key, where)
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     whole_number(config, "head_dim", where)
+    if window := _sliding_window(text):  # llama.cpp attends to everything for these
+        config["max_position_embeddings"] = min(config["max_position_embeddings"], window)
     if (kind := config.get("hidden_act", "silu")) != "silu":
         raise BundleError(f"hidden_act {kind!r} of the language model: llama.cpp computes silu")
     # transformers 5 keeps rope_parameters; before, rope_theta and rope_scaling lay side by side.
@@ -112,12 +137,21 @@ def complete(checkpoint: Checkpoint, arch: str, text: dict[str, Any]) -> dict[st
     return {**config, "rope": rope}
 
 
+def _sliding_window(text: Config) -> int | None:
+    """How many positions the reference attends to; beyond them ours would see more."""
+    if text.get("model_type") == "mistral":
+        window: int | None = text.get("sliding_window", 4096)  # null: all
+        return window
+    return text.get("sliding_window", 4096) if text.get("use_sliding_window") else None
+
+
 def _refuse_heads(arch: str, config: Config, rotated: int, where: Path) -> None:
     """llama.cpp aborts the process on head shapes that it does not expect."""
     head, n_heads, n_kv = (
         config[key] for key in ("head_dim", "num_attention_heads", "num_key_value_heads")
     )
-    whole = rotated == head if arch == "llama" else head * n_heads == config["hidden_size"]
+    even = head * n_heads == config["hidden_size"]
+    whole = {"llama": rotated == head, "phi3": even, "qwen2": even and rotated == head}[arch]
     if n_heads % n_kv or rotated % 2 or not rotated or not whole:
         raise BundleError(
             f"{where}: {n_heads} heads of {head}, {rotated} of them rotated, over {n_kv} key-value "
@@ -138,7 +172,7 @@ def plan(
         *_ends(checkpoint, text, len(vocabulary.texts), tied),
         *_rope_factors(text),
     ]
-    layer_tensors = _llama_layer if arch == "llama" else _phi3_layer
+    layer_tensors = _phi3_layer if arch == "phi3" else _llama_layer
     for layer in range(text["num_hidden_layers"]):
         tensors += layer_tensors(checkpoint, text, layer)
     _refuse_leftovers(checkpoint, text["num_hidden_layers"])
@@ -162,6 +196,7 @@ def _llama_layer(checkpoint: Checkpoint, text: dict[str, Any], layer: int) -> li
     n_heads, n_kv, head = (
         text[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
     )
+    interleaves = architecture(checkpoint, text) == "llama"  # qwen2's rope pairs halves
     shapes = {
         ("self_attn.q_proj", "attn_q"): (n_heads * head, n_embd),
         ("self_attn.k_proj", "attn_k"): (n_kv * head, n_embd),
@@ -173,7 +208,7 @@ def _llama_layer(checkpoint: Checkpoint, text: dict[str, Any], layer: int) -> li
     }
     tensors = _norms(checkpoint, n_embd, layer)
     for (source, target), shape in shapes.items():
-        heads = {"attn_q": n_heads, "attn_k": n_kv}.get(target)
+        heads = {"attn_q": n_heads, "attn_k": n_kv}.get(target) if interleaves else None
         stem = f"language_model.layers.{layer}.{source}"
         tensor = _plain(checkpoint, f"{stem}.weight", f"blk.{layer}.{target}.weight", *shape)
         tensors.append(_interleaved(tensor, heads) if heads else tensor)

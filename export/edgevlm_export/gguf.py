@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +21,8 @@ from edgevlm.errors import BundleError
 from .vocabulary import Vocabulary
 
 Array: TypeAlias = npt.NDArray[np.float32]
+
+Progress: TypeAlias = Callable[[int, int], None]  # tensors read, tensors in all
 
 DTYPES = ("f16", "f32")
 # llama.cpp attaches tokenizer quirks to some names (a name with "phi3" demands four tokens), and
@@ -88,18 +91,39 @@ class Language:
         writer.add_block_count(config["num_hidden_layers"])
         writer.add_head_count(config["num_attention_heads"])
         writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        if self.arch == "phi2":
+            writer.add_layer_norm_eps(config["layer_norm_eps"])
+        else:
+            writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
         writer.add_rope_freq_base(config["rope"]["rope_theta"])
         writer.add_rope_dimension_count(config["rope"]["dimensions"])
         if self.arch == "llama":
             writer.add_key_length(config["head_dim"])
             writer.add_value_length(config["head_dim"])
-        else:
+        elif self.arch == "phi3":
             writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
             writer.add_sliding_window(0)  # llama.cpp attends to everything for phi3
         if config["rope"]["rope_type"] == "linear":
             writer.add_rope_scaling_type(RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(config["rope"]["factor"])
+
+
+def counted(language: Language, progress: Progress) -> Language:
+    """The same model, which tells `progress` of each tensor that is read."""
+    total = len(language.tensors)
+
+    def load(tensor: Tensor, count: int) -> Array:
+        values = tensor.load()
+        progress(count, total)
+        return values
+
+    return replace(
+        language,
+        tensors=tuple(
+            replace(tensor, load=partial(load, tensor, count))
+            for count, tensor in enumerate(language.tensors, 1)
+        ),
+    )
 
 
 def _storage(tensor: Tensor, dtype: str) -> np.dtype[Any]:

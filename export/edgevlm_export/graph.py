@@ -1,14 +1,15 @@
 """Tensors of a vision tower → an ONNX graph: uint8 patches in, float32 embeddings out.
 
 Plain standard operators, opset 17: fused attention and SkipLayerNormalization were measured and
-did not pay. Every linear layer is a MatMul with a 2-D initializer [in, out], which is what int8
-quantization takes. Weights are loaded while the file is written, one at a time.
+did not pay. Every linear layer is a MatMul with a 2-D initializer [in, out], which is what
+precision.py turns into fp16 and int8. Weights are loaded while the file is written, one at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,10 +24,97 @@ from .checkpoint import Checkpoint
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Load: TypeAlias = Callable[[], Array]
+Progress: TypeAlias = Callable[[int, int], None]  # weights written, weights in all
 
 _OPSET = 17
 _IR_VERSION = 8  # the version of opset 17's first release; every supported ONNX Runtime reads it
 _PROTOBUF_LIMIT_BYTES = 2**31 - 1
+_ALIGNMENT_BYTES = 4096  # so that external data can be mapped
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer that is computed when its turn to be written comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    load: Callable[[], npt.NDArray[Any]]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole graph, ready to be written or to be rewritten first."""
+
+    inputs: tuple[onnx.ValueInfoProto, ...]
+    outputs: tuple[onnx.ValueInfoProto, ...]
+    nodes: tuple[onnx.NodeProto, ...]
+    constants: tuple[onnx.TensorProto, ...]
+    weights: Mapping[str, Weight]
+
+    def save(
+        self, path: Path, *, data: Path | None = None, progress: Progress | None = None
+    ) -> None:
+        """Write the model, then append its weights one by one.
+
+        A protobuf parser merges repeated occurrences of an embedded message (protobuf encoding
+        guide, "Last One Wins"), so each weight follows as another piece of the same graph and
+        memory holds one of them. With `data` they go to that file beside `path` instead, which
+        ONNX Runtime maps into memory.
+        """
+        n_bytes = sum(weight.n_bytes for weight in self.weights.values())
+        if data is None and n_bytes > _PROTOBUF_LIMIT_BYTES:
+            raise BundleError(
+                f"the vision graph needs {n_bytes} bytes; an ONNX file holds "
+                f"{_PROTOBUF_LIMIT_BYTES}: export it as fp16 or int8"
+            )
+        graph = helper.make_graph(
+            list(self.nodes), "vision", self.inputs, self.outputs, list(self.constants)
+        )
+        domains = sorted({node.domain for node in self.nodes} | {""})
+        model = helper.make_model(
+            graph,
+            ir_version=_IR_VERSION,
+            opset_imports=[helper.make_opsetid(d, 1 if d else _OPSET) for d in domains],
+            producer_name="edgevlm",
+        )
+        with path.open("wb") as stream:
+            stream.write(model.SerializeToString())
+            for count, (name, weight) in enumerate(self.weights.items(), 1):
+                tensor = _tensor(name, weight, data)
+                body = onnx.GraphProto(initializer=[tensor]).SerializeToString()
+                stream.write(b"\x3a" + _varint(len(body)))  # field 7 of ModelProto: graph
+                stream.write(body)
+                if progress is not None:
+                    progress(count, len(self.weights))
+
+
+def _tensor(name: str, weight: Weight, data: Path | None) -> onnx.TensorProto:
+    """The initializer, its values inside it or appended to the file `data`."""
+    values = np.ascontiguousarray(weight.load(), dtype=weight.dtype)
+    assert values.shape == weight.shape, (name, values.shape, weight.shape)
+    if data is None:
+        return numpy_helper.from_array(values, name)
+    with data.open("ab") as stream:
+        stream.write(b"\0" * (-stream.tell() % _ALIGNMENT_BYTES))
+        offset_bytes = stream.tell()
+        stream.write(values.data)
+    tensor = onnx.TensorProto(
+        name=name,
+        dims=weight.shape,
+        data_type=helper.np_dtype_to_tensor_dtype(weight.dtype),
+        data_location=TensorProto.EXTERNAL,
+    )
+    for key, value in (
+        ("location", data.name),
+        ("offset", str(offset_bytes)),
+        ("length", str(values.nbytes)),
+    ):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
 
 
 class Graph:
@@ -36,10 +124,15 @@ class Graph:
         self._nodes: list[onnx.NodeProto] = []
         self._small: list[onnx.TensorProto] = []
         self._weights: dict[str, tuple[tuple[int, ...], Load]] = {}
-        self._input = helper.make_tensor_value_info(
-            "patches", TensorProto.UINT8, ["tiles", n_patches, patch_values]
-        )
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self.input("patches", np.uint8, ["tiles", n_patches, patch_values])
         self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
+        """One more input, which the family's `graph_inputs` feeds; a name is a dynamic axis."""
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"{kind}_{len(self._nodes)}"
@@ -77,6 +170,13 @@ class Graph:
             self.weight(part, (width,), lambda part=part: weights.get(part))  # type: ignore[misc]
         return self.op("LayerNormalization", value, scale, bias, axis=-1, epsilon=eps)
 
+    def rms_norm(self, value: str, weights: Checkpoint, name: str, width: int, eps: float) -> str:
+        weights.expect(f"{name}.weight", width)
+        scale = self.weight(f"{name}.weight", (width,), lambda: weights.get(f"{name}.weight"))
+        mean = self.op("ReduceMean", self.op("Mul", value, value), axes=[-1])
+        root = self.op("Sqrt", self.op("Add", mean, self.constant(eps, np.float32)))
+        return self.op("Mul", self.op("Div", value, root), scale)
+
     def activation(self, value: str, kind: str) -> str:
         if kind not in _ACTIVATIONS:
             raise BundleError(f"activation {kind!r} is unknown; known: {', '.join(_ACTIVATIONS)}")
@@ -90,35 +190,18 @@ class Graph:
             )
         ]
 
-    def save(self, path: Path) -> None:
-        """Write the model, then append its weights one by one.
-
-        A protobuf parser merges repeated occurrences of an embedded message (protobuf encoding
-        guide, "Last One Wins"), so each weight follows as another piece of the same graph and
-        memory holds one of them.
-        """
-        weights_bytes = sum(4 * math.prod(shape) for shape, _ in self._weights.values())
-        if weights_bytes > _PROTOBUF_LIMIT_BYTES:
-            raise BundleError(
-                f"the vision tower needs {weights_bytes} bytes at fp32; an ONNX file holds "
-                f"{_PROTOBUF_LIMIT_BYTES}"
-            )
-        graph = helper.make_graph(self._nodes, "vision", [self._input], self._outputs, self._small)
-        model = helper.make_model(
-            graph,
-            ir_version=_IR_VERSION,
-            opset_imports=[helper.make_opsetid("", _OPSET)],
-            producer_name="edgevlm",
+    def model(self) -> Model:
+        """The graph as built, in fp32."""
+        float32 = np.dtype(np.float32)
+        return Model(
+            inputs=tuple(self._inputs),
+            outputs=tuple(self._outputs),
+            nodes=tuple(self._nodes),
+            constants=tuple(self._small),
+            weights={
+                name: Weight(shape, float32, load) for name, (shape, load) in self._weights.items()
+            },
         )
-        with path.open("wb") as stream:
-            stream.write(model.SerializeToString())
-            for name, (shape, load) in self._weights.items():
-                values = np.ascontiguousarray(load(), dtype=np.float32)
-                assert values.shape == shape, (name, values.shape, shape)
-                piece = onnx.GraphProto(initializer=[numpy_helper.from_array(values, name)])
-                body = piece.SerializeToString()
-                stream.write(b"\x3a" + _varint(len(body)))  # field 7 of ModelProto: graph
-                stream.write(body)
 
 
 def _varint(value: int) -> bytes:
@@ -153,9 +236,14 @@ def _tanh_gelu(graph: Graph, x: str) -> str:
     return graph.op("Mul", half, tanh)
 
 
+def _silu(graph: Graph, x: str) -> str:
+    return graph.op("Mul", x, graph.op("Sigmoid", x))
+
+
 _ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {  # names as in Hugging Face configs
     "gelu": _erf_gelu,
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
     "quick_gelu": _quick_gelu,
+    "silu": _silu,
 }

@@ -6,6 +6,7 @@ a square, or stretch. A setting that the runtime would not reproduce is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ _KEYS: Kinds = {
     "rescale_factor": NUMBER,
     "resample": int,
 }
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -53,38 +54,63 @@ class Processor:
 
 def read(checkpoint: Checkpoint, fit: str | None) -> Processor:
     """The checkpoint's image processor; `fit` overrides how a picture meets the square."""
-    stored, where = _config(checkpoint)
-    config = section(stored, _KEYS, where)
+    config, where, kind = stored(checkpoint, _KINDS)
     if fit is not None and fit not in FITS:
         raise BundleError(f"fit {fit!r} is unknown; known: {', '.join(FITS)}")
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
-    kind = kind.removesuffix("Fast").removesuffix("Pil")  # one processor's other backends
-    kind = kind.replace("FeatureExtractor", "ImageProcessor")  # its name before 2023
-    if kind not in _KINDS:
-        raise BundleError(f"{where} is for {kind or 'an unnamed processor'}; known: {_KINDS}")
     siglip = kind == "SiglipImageProcessor"
-    if not config.get("do_resize", True):
-        raise BundleError(f"{where} turns do_resize off: one size is needed")
     found, size_px = _size(config, where, siglip)
     if config.get("do_pad") and kind == "LlavaImageProcessor":
         found = "pad"
-    code = config.get("resample", 3)
-    if code not in _RESAMPLE:
-        raise BundleError(f"{where} resamples with {code}; known: {_RESAMPLE}")
-    mean = _three(config.get("image_mean", 0.5 if siglip else _CLIP_MEAN), where)
-    std = _three(config.get("image_std", 0.5 if siglip else _CLIP_STD), where)
-    rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
-    normalise = config.get("do_normalize", True)
+    mean: Any = 0.5 if siglip else CLIP_MEAN
+    red, green, blue = three(config.get("image_mean", mean), where)
     return Processor(
         fit=fit or found,
         size_px=size_px,
-        resample=_RESAMPLE[code],
-        fill=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),  # as LLaVA truncates
-        normalisation=Normalisation(
-            rescale,
-            mean if normalise else (0.0, 0.0, 0.0),
-            std if normalise else (1.0, 1.0, 1.0),
-        ),
+        resample=resample(config, 3, where),
+        fill=(int(red * 255), int(green * 255), int(blue * 255)),  # as LLaVA truncates
+        normalisation=normalisation(config, mean, 0.5 if siglip else CLIP_STD, where),
+    )
+
+
+def stored(checkpoint: Checkpoint, kinds: Sequence[str]) -> tuple[Config, Path, str]:
+    """The image processor's config, the file it is in, and which of `kinds` it is."""
+    config, where = _config(checkpoint)
+    config = section(config, _KEYS, where)
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    kind = kind.removesuffix("Fast").removesuffix("Pil")  # one processor's other backends
+    kind = kind.replace("FeatureExtractor", "ImageProcessor")  # its name before 2023
+    if kind not in kinds:
+        raise BundleError(f"{where} is for {kind or 'an unnamed processor'}; known: {kinds}")
+    if not config.get("do_resize", True):
+        raise BundleError(f"{where} turns do_resize off: one size is needed")
+    return config, where, kind
+
+
+def wrapper(checkpoint: Checkpoint) -> str:
+    """The class that joins image processor and tokenizer, as saved with them; "" if unnamed."""
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if kind := (checkpoint.json(name) or {}).get("processor_class"):
+            return str(kind)
+    return ""
+
+
+def resample(config: Config, default: int, where: Path) -> str:
+    """The name of the resize's filter."""
+    code = config.get("resample", default)
+    if code not in _RESAMPLE:
+        raise BundleError(f"{where} resamples with {code}; known: {_RESAMPLE}")
+    return _RESAMPLE[code]
+
+
+def normalisation(config: Config, mean: Any, std: Any, where: Path) -> Normalisation:
+    """What happens to a pixel's value; `mean` and `std` are the processor's defaults."""
+    rescale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+    if not config.get("do_normalize", True):
+        return Normalisation(rescale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return Normalisation(
+        rescale,
+        three(config.get("image_mean", mean), where),
+        three(config.get("image_std", std), where),
     )
 
 
@@ -94,6 +120,8 @@ def _config(checkpoint: Checkpoint) -> tuple[Config, Path]:
     if config is not None:
         return config, checkpoint.directory / "preprocessor_config.json"
     config = (checkpoint.json("processor_config.json") or {}).get("image_processor")
+    if config is None and "image_processor" in checkpoint.config:  # known by the tower's name
+        return checkpoint.config["image_processor"], checkpoint.directory / "config.json"
     if not isinstance(config, dict):
         raise BundleError(
             f"{checkpoint.directory} has no preprocessor_config.json: how pictures are prepared "
@@ -124,7 +152,7 @@ def _size(config: Config, where: Path, siglip: bool) -> tuple[str, int]:
     )
 
 
-def _three(value: Any, where: Path) -> tuple[float, float, float]:
+def three(value: Any, where: Path) -> tuple[float, float, float]:
     """One number for each of R, G and B."""
     channels = [value] * 3 if isinstance(value, NUMBER) else list(value)
     if len(channels) != 3 or not all(isinstance(channel, NUMBER) for channel in channels):

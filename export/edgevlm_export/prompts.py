@@ -2,7 +2,8 @@
 
 The template belongs to the language model, not to the family. It is recognised by evidence in the
 checkpoint or named by the caller; a wrong one degrades answers without any error, so there is no
-default. Formats: model cards of llava-hf and xtuner; xtuner/utils/templates.py.
+default. Formats: model cards of llava-hf and xtuner; xtuner/utils/templates.py; for Idefics and
+SmolVLM their chat_template.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from edgevlm.errors import BundleError
 
+from . import original
 from .checkpoint import Checkpoint
 from .vocabulary import Vocabulary
 
@@ -25,9 +27,21 @@ class Template:
     tokens: tuple[str, ...] = ()  # all in the vocabulary: this template is meant
     chat: str = ""  # or this, in the checkpoint's chat template
     base: str = ""  # or this, in the language model's original name
+    system: str = ""  # around a system message, where that is not told as a user's
+    opening: str = ""  # of a conversation without a system message
+    bos: bool = False  # a BOS comes first even where the tokenizer adds none
 
 
 TEMPLATES = {
+    "idefics": Template(  # first: Idefics3's vocabulary holds Llama 3's tokens too
+        user="User: {content}<end_of_utterance>\n",
+        assistant="Assistant: {content}<end_of_utterance>\n",
+        generate="Assistant:",
+        stops=("<end_of_utterance>",),
+        tokens=("<fake_token_around_image>", "<end_of_utterance>"),
+        system="System: {content}<end_of_utterance>\n",
+        bos=True,
+    ),
     "phi-3": Template(
         user="<|user|>\n{content}<|end|>\n",
         assistant="<|assistant|>\n{content}<|end|>\n",
@@ -42,6 +56,31 @@ TEMPLATES = {
         generate="<|start_header_id|>assistant<|end_header_id|>\n\n",
         stops=("<|eot_id|>", "<|end_of_text|>"),
         tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "chatml": Template(  # as LLaVA's chatml_direct and nanoLLaVA: no line break after a turn
+        user="<|im_start|>user\n{content}<|im_end|>",
+        assistant="<|im_start|>assistant\n{content}<|im_end|>",
+        generate="<|im_start|>assistant\n",
+        stops=("<|im_end|>", "<|endoftext|>"),
+        tokens=("<|im_start|>", "<|im_end|>"),
+        system="<|im_start|>system\n{content}<|im_end|>",
+    ),
+    "mistral": Template(
+        user="[INST] {content} [/INST]",
+        assistant=" {content}</s> ",
+        generate="",
+        stops=("</s>",),
+        chat="[INST]",
+        base="mistral",
+        system="<<SYS>>\n{content}\n<</SYS>>\n\n",
+    ),
+    "bunny": Template(
+        user="USER: {content} ",
+        assistant="ASSISTANT: {content}</s>",
+        generate="ASSISTANT:",
+        stops=("<|endoftext|>", "<|end_of_text|>", "</s>"),
+        opening="A chat between a curious user and an artificial intelligence assistant. The "
+        "assistant gives helpful, detailed, and polite answers to the user's questions. ",
     ),
     "vicuna": Template(
         user="USER: {content} ",
@@ -82,23 +121,28 @@ def choose(checkpoint: Checkpoint, vocabulary: Vocabulary, named: str | None) ->
     )
 
 
-def section(template: Template, vocabulary: Vocabulary, image_token_id: int) -> dict[str, Any]:
-    """bundle.json's "prompt"."""
+def section(
+    template: Template, vocabulary: Vocabulary, image_token_id: int | None
+) -> dict[str, Any]:
+    """bundle.json's "prompt"; without an id, words around a picture are tokenized apart."""
     by_id = {index: text for text, index in vocabulary.ids.items()}
-    if image_token_id not in by_id:
+    if image_token_id is not None and image_token_id not in by_id:
         raise BundleError(
             f"config.json gives the image token id {image_token_id}; tokenizer.json has no such "
             "token: it belongs to another checkpoint"
         )
-    image = by_id[image_token_id]
+    token = "" if image_token_id is None else by_id[image_token_id]
+    mark = token or original.MARK
     return {
-        "bos": vocabulary.adds_bos,
-        "image_token": image,
-        "image": f"{image}\n",
-        "system": "",
+        "bos": vocabulary.adds_bos or (template.bos and vocabulary.bos_id is not None),
+        "image_token": token,
+        **({} if token else {"image_mark": mark}),
+        "image": f"{mark}\n",
+        "system": template.opening,
         "user": template.user,
         "assistant": template.assistant,
         "generate": template.generate,
+        **({"system_turn": template.system} if template.system else {}),
         "describe": dict(_DESCRIBE),
     }
 

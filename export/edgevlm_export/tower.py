@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import BundleError
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Config, whole_number
 from .graph import Array, Graph
 
 _INT64_MAX = 2**63 - 1
@@ -54,15 +55,44 @@ class Tower:
         return 3 * self.patch_px**2
 
 
+def shape(config: Config, where: Path, prefix: str, *, cls: bool) -> Tower:
+    """The tower that a vision config, complete with defaults, describes."""
+    sizes = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
+    width, n_heads, image_px, patch_px = (whole_number(config, key, where) for key in sizes)
+    if width % n_heads or image_px % patch_px:
+        raise BundleError(
+            f"{where} splits a width of {width} into {n_heads} heads and {image_px} px into "
+            f"patches of {patch_px} px: both must come out even"
+        )
+    return Tower(
+        prefix=prefix,
+        n_layers=whole_number(config, "num_hidden_layers", where),
+        n_heads=n_heads,
+        width=width,
+        ff_width=whole_number(config, "intermediate_size", where),
+        image_px=image_px,
+        patch_px=patch_px,
+        activation=config["hidden_act"],
+        eps=config["layer_norm_eps"],
+        cls=cls,
+    )
+
+
 def hidden_states(
     graph: Graph,
     weights: Checkpoint,
     tower: Tower,
     normalisation: Normalisation,
     layers: Sequence[int],
+    patches: str = "patches",
+    positions: str | None = None,
 ) -> list[str]:
     """The hidden states `layers` (indices as transformers counts them: 0 is the first layer's
-    input, negative from the end), each float32 [tiles, n_patches (+ 1 with cls), width]."""
+    input, negative from the end), each float32 [tiles, n_patches (+ 1 with cls), width].
+
+    `patches` is the value that holds them, uint8 [tiles, n_patches, 3·P·P]. With `positions`, an
+    int64 [n_patches], they take these positions, and there may be any number of them.
+    """
     n_states = tower.n_layers + 1
     for layer in layers:
         if not -n_states <= layer < n_states:
@@ -71,7 +101,7 @@ def hidden_states(
                 "layers"
             )
     wanted = [layer % n_states for layer in layers]
-    value = _embed(graph, weights, tower, normalisation)
+    value = _embed(graph, weights, tower, normalisation, patches, positions)
     if tower.cls:
         name = f"{tower.prefix}pre_layrnorm"  # transformers' spelling
         value = graph.layer_norm(value, weights, name, tower.width, tower.eps)
@@ -93,27 +123,34 @@ def projector(
 ) -> str:
     """LLaVA's two linear layers, `widths` = in, out; biases where the checkpoint has them."""
     n_in, n_out = widths
-    value = _linear(graph, weights, "multi_modal_projector.linear_1", value, (n_in, n_out))
+    value = linear(graph, weights, "multi_modal_projector.linear_1", value, (n_in, n_out))
     value = graph.activation(value, activation)
-    return _linear(graph, weights, "multi_modal_projector.linear_2", value, (n_out, n_out))
+    return linear(graph, weights, "multi_modal_projector.linear_2", value, (n_out, n_out))
 
 
-def _embed(graph: Graph, weights: Checkpoint, tower: Tower, normalisation: Normalisation) -> str:
+def _embed(
+    graph: Graph,
+    weights: Checkpoint,
+    tower: Tower,
+    normalisation: Normalisation,
+    patches: str,
+    positions: str | None,
+) -> str:
     """uint8 [tiles, n_patches, 3·P·P] → float32 [tiles, n_patches (+ 1), width]."""
     prefix, width, patch_px = f"{tower.prefix}embeddings.", tower.width, tower.patch_px
     kernel = weights.expect(f"{prefix}patch_embedding.weight", width, 3, patch_px, patch_px)
     n_rows = tower.n_patches + tower.cls
-    positions = weights.expect(f"{prefix}position_embedding.weight", n_rows, width)
+    learned = weights.expect(f"{prefix}position_embedding.weight", n_rows, width)
     conv_bias = None if tower.cls else weights.expect(f"{prefix}patch_embedding.bias", width)
     class_row = weights.expect(f"{prefix}class_embedding", width) if tower.cls else None
 
     def matrix() -> Array:
-        return _fold(weights.get(kernel), normalisation)[0]
+        return fold(weights.get(kernel), normalisation)[0]
 
     def table() -> Array:
         """What is added to every row: position, the folded bias, and the class embedding."""
-        rows = weights.get(positions).astype(np.float64)
-        bias = _fold(weights.get(kernel), normalisation)[1]
+        rows = weights.get(learned).astype(np.float64)
+        bias = fold(weights.get(kernel), normalisation)[1]
         if conv_bias is not None:
             bias = bias + weights.get(conv_bias)
         rows[tower.cls :] += bias
@@ -121,15 +158,18 @@ def _embed(graph: Graph, weights: Checkpoint, tower: Tower, normalisation: Norma
             rows[0] += weights.get(class_row)
         return rows.astype(np.float32)[np.newaxis]
 
-    pixels = graph.op("Cast", "patches", to=1)  # 1 is TensorProto.FLOAT
+    pixels = graph.op("Cast", patches, to=1)  # 1 is TensorProto.FLOAT
     name = f"{prefix}patch_embedding"
     value = graph.linear(pixels, name, (tower.patch_values, width), matrix, None)
     if tower.cls:  # an empty first row: the class embedding arrives with the table
         value = graph.op("Pad", value, graph.constant([0, 1, 0, 0, 0, 0], np.int64))
-    return graph.op("Add", value, graph.weight(positions, (1, n_rows, width), table))
+    added = graph.weight(learned, (1, n_rows, width), table)
+    if positions is not None:
+        added = graph.op("Gather", added, positions, axis=1)
+    return graph.op("Add", value, added)
 
 
-def _fold(kernel: Array, normalisation: Normalisation) -> tuple[Array, npt.NDArray[np.float64]]:
+def fold(kernel: Array, normalisation: Normalisation) -> tuple[Array, npt.NDArray[np.float64]]:
     """[width, 3, P, P] → matrix [3·P·P, width] for raw uint8 values, and its bias [width].
 
     W · ((v · rescale - mean) / std) = (W · rescale / std) · v - Σ W · mean / std. In float64:
@@ -149,9 +189,9 @@ def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: st
     mixed = _attention(graph, weights, tower, f"{name}.self_attn", normed)
     value = graph.op("Add", value, mixed)
     normed = graph.layer_norm(value, weights, f"{name}.layer_norm2", width, tower.eps)
-    inner = _linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
+    inner = linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
     inner = graph.activation(inner, tower.activation)
-    inner = _linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
+    inner = linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
     return graph.op("Add", value, inner)
 
 
@@ -172,20 +212,23 @@ def _attention(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value
     qkv = graph.linear(
         value, f"{name}.qkv", (width, 3 * width), lambda: fused("weight"), lambda: fused("bias")
     )
-    shape = graph.constant([0, 0, n_heads, head], np.int64)  # 0 keeps that axis
+    mixed = attend(graph, qkv, width, n_heads)
+    return linear(graph, weights, f"{name}.out_proj", mixed, (width, width))
+
+
+def attend(graph: Graph, qkv: str, width: int, n_heads: int) -> str:
+    """Full attention: [tiles, n, 3 · width], Q already scaled → [tiles, n, width]."""
+    shape = graph.constant([0, 0, n_heads, width // n_heads], np.int64)  # 0 keeps that axis
     q, k, v = (graph.op("Reshape", part, shape) for part in graph.split3(qkv))
     q = graph.op("Transpose", q, perm=[0, 2, 1, 3])  # [tiles, heads, n, head]
     k = graph.op("Transpose", k, perm=[0, 2, 3, 1])  # [tiles, heads, head, n]
     v = graph.op("Transpose", v, perm=[0, 2, 1, 3])
     scores = graph.op("Softmax", graph.op("MatMul", q, k), axis=-1)
     mixed = graph.op("Transpose", graph.op("MatMul", scores, v), perm=[0, 2, 1, 3])
-    mixed = graph.op("Reshape", mixed, graph.constant([0, 0, width], np.int64))
-    return _linear(graph, weights, f"{name}.out_proj", mixed, (width, width))
+    return graph.op("Reshape", mixed, graph.constant([0, 0, width], np.int64))
 
 
-def _linear(
-    graph: Graph, weights: Checkpoint, name: str, value: str, shape: tuple[int, int]
-) -> str:
+def linear(graph: Graph, weights: Checkpoint, name: str, value: str, shape: tuple[int, int]) -> str:
     """One torch Linear, stored [out, in]; `shape` is [in, out]."""
     n_in, n_out = shape
     weight = weights.expect(f"{name}.weight", n_out, n_in)

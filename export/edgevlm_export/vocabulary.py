@@ -45,7 +45,7 @@ class Vocabulary:
 
 def read(checkpoint: Checkpoint, n_vocab: int) -> Vocabulary:
     """The vocabulary of the checkpoint's tokenizer.json, filled up to `n_vocab` rows."""
-    where = checkpoint.directory / "tokenizer.json"
+    where = checkpoint.tokenizer
     stored = checkpoint.json("tokenizer.json")
     if stored is None:
         raise BundleError(f"{where} is missing: save the tokenizer in the fast format beside it")

@@ -6,14 +6,19 @@ A family module offers `matches(checkpoint)`, which looks at config.json alone, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Protocol, TypeAlias, cast
 
 from edgevlm.errors import BundleError, UnknownFamily
 
 from ..checkpoint import Checkpoint
 from ..gguf import Language
-from ..graph import Graph
+from ..graph import Graph, Load
+
+Arrays: TypeAlias = Mapping[str, Load]  # what an .npz file holds, read when it is written
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Options:
 
     prompt: str | None = None  # a name in prompts.TEMPLATES
     fit: str | None = None  # a name in processor.FITS
+    release: str | None = None  # of families that have several
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Parts:
     vision: Graph
     language: Language
     manifest: dict[str, Any]  # image, prompt, generation and card sections of bundle.json
+    arrays: Mapping[str, Arrays] = field(default_factory=dict)  # region.npz, extra.npz
 
 
 class Family(Protocol):
@@ -38,9 +45,8 @@ class Family(Protocol):
 
 
 def families() -> dict[str, Family]:
-    from . import llava
-
-    return {"llava": llava}
+    names = sorted(module.name for module in iter_modules(__path__))
+    return {name: cast(Family, import_module(f"{__name__}.{name}")) for name in names}
 
 
 def find(checkpoint: Checkpoint, name: str | None) -> tuple[str, Family]:

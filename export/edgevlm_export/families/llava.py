@@ -1,17 +1,19 @@
 """LLaVA: a CLIP or SigLIP tower, a two-layer projector and a llama or phi3 language model.
 
 Covers LLaVA-1.5, LLaVA-Phi-3-mini, LLaVA-Llama-3 and their like as transformers stores them
-(modeling_llava.py). The feature layer and the select strategy are taken literally.
+(modeling_llava.py), and LLaVA's own format, nanoLLaVA and Bunny (original.py). The feature layer
+and the select strategy are taken literally.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from edgevlm.errors import BundleError
 
-from .. import decoder, processor, prompts, tower, vocabulary
-from ..checkpoint import NUMBER, Checkpoint, Config, Kinds, section, whole_number
+from .. import backbone, original, processor, tower
+from ..checkpoint import NUMBER, Checkpoint, Config, Kinds, section
 from ..graph import Graph
 from . import Options, Parts
 
@@ -39,7 +41,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-6,
     },
 }
-_KINDS: Kinds = {
+# Mantis is a LLaVA by config.json and tensors; only its prompts are made by another class.
+MANTIS_PROCESSOR = "MLlavaProcessor"
+KINDS: Kinds = {
     "text_config": dict,
     "vision_config": dict,
     "image_token_index": int,
@@ -58,35 +62,39 @@ _CLIP_L_336: dict[str, Any] = {
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    return "LlavaForConditionalGeneration" in checkpoint.config["architectures"]
+    return original.matches(checkpoint) or (
+        "LlavaForConditionalGeneration" in checkpoint.config["architectures"]
+        and processor.wrapper(checkpoint) != MANTIS_PROCESSOR
+    )
 
 
 def parts(checkpoint: Checkpoint, options: Options) -> Parts:
-    checkpoint.rename(canonical)
+    if not original.matches(checkpoint):
+        checkpoint.rename(canonical)
+        return _parts(checkpoint, options)
+    config = checkpoint.config = original.config(checkpoint)
+    checkpoint.rename(original.canonical)
+    fit, prompt = options.fit or config["fit"], options.prompt or config["prompt"]
+    return _parts(checkpoint, replace(options, fit=fit, prompt=prompt), image_token=False)
+
+
+def _parts(checkpoint: Checkpoint, options: Options, image_token: bool = True) -> Parts:
     where = checkpoint.directory / "config.json"
-    root = section(checkpoint.config, _KINDS, where)
-    text = section(root.get("text_config", {}), {"model_type": str}, where)
-    text = decoder.complete(checkpoint, decoder.architecture(checkpoint, text), text)
-    n_vocab = checkpoint.shape("language_model.embed_tokens.weight")[0]
-    vocab = vocabulary.read(checkpoint, n_vocab)
-    template = prompts.choose(checkpoint, vocab, options.prompt)
-    stops = prompts.stop_token_ids(checkpoint, template, vocab)
-    tied = bool(root.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    language = decoder.plan(checkpoint, text, vocab, stops[0], tied)
+    root = section(checkpoint.config, KINDS, where)
+    text = backbone.read(checkpoint, root, options.prompt)
     images = processor.read(checkpoint, options.fit)
-    shape = _tower(checkpoint)
+    shape = tower_shape(checkpoint)
     if images.size_px != shape.image_px:
         raise BundleError(
             f"the image processor makes {images.size_px} px, the tower takes {shape.image_px} px "
             f"in {checkpoint.directory}: they belong to two checkpoints"
         )
-    graph, n_tokens = _vision(checkpoint, root, shape, images.normalisation, language.n_embd)
-    newer: int = root.get("image_token_id", 32000)
-    image_token_id: int = root.get("image_token_index", newer)
+    n_embd = text.language.n_embd
+    graph, n_tokens = vision(checkpoint, root, shape, images.normalisation, n_embd)
     manifest = {
         "image": images.section(shape.patch_px, n_tokens),
-        "prompt": prompts.section(template, vocab, image_token_id),
-        "generation": {"stop_token_ids": stops, "max_tokens": 256, "repeat_penalty": 1.0},
+        "prompt": text.prompt(image_token_id(root) if image_token else None),
+        "generation": text.generation(),
         "card": {
             "summary": "LLaVA: answers questions about one or more pictures, one square view each",
             "can": ["describe", "ask", "chat"],
@@ -94,7 +102,7 @@ def parts(checkpoint: Checkpoint, options: Options) -> Parts:
             "parity": {},
         },
     }
-    return Parts(graph, language, manifest)
+    return Parts(graph, text.language, manifest)
 
 
 def canonical(name: str) -> str:
@@ -111,7 +119,14 @@ def canonical(name: str) -> str:
     return name
 
 
-def _tower(checkpoint: Checkpoint) -> tower.Tower:
+def image_token_id(root: Config) -> int:
+    """Under its older or its newer name."""
+    newer: int = root.get("image_token_id", 32000)
+    older: int = root.get("image_token_index", newer)
+    return older
+
+
+def tower_shape(checkpoint: Checkpoint) -> tower.Tower:
     where = checkpoint.directory / "config.json"
     kinds: Kinds = {"model_type": str, "hidden_act": str, "layer_norm_eps": NUMBER}
     config = section(checkpoint.config.get("vision_config") or _CLIP_L_336, kinds, where)
@@ -121,28 +136,10 @@ def _tower(checkpoint: Checkpoint) -> tower.Tower:
             f"the vision tower of {checkpoint.directory} is {kind!r}; known: {', '.join(_DEFAULTS)}"
         )
     config = {**_DEFAULTS[kind], **config}
-    sizes = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
-    width, n_heads, image_px, patch_px = (whole_number(config, key, where) for key in sizes)
-    if width % n_heads or image_px % patch_px:
-        raise BundleError(
-            f"{where} splits a width of {width} into {n_heads} heads and {image_px} px into "
-            f"patches of {patch_px} px: both must come out even"
-        )
-    return tower.Tower(
-        prefix="vision_tower.",
-        n_layers=whole_number(config, "num_hidden_layers", where),
-        n_heads=n_heads,
-        width=width,
-        ff_width=whole_number(config, "intermediate_size", where),
-        image_px=image_px,
-        patch_px=patch_px,
-        activation=config["hidden_act"],
-        eps=config["layer_norm_eps"],
-        cls=kind == "clip_vision_model",
-    )
+    return tower.shape(config, where, "vision_tower.", cls=kind == "clip_vision_model")
 
 
-def _vision(
+def vision(
     checkpoint: Checkpoint,
     root: Config,
     shape: tower.Tower,

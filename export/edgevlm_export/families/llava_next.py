@@ -1,0 +1,92 @@
+"""LLaVA-NeXT (1.6): LLaVA's tower and projector over a grid of tiles, and a mark that ends a row.
+
+Reference: transformers' modeling_llava_next.py. Tiles are stitched by the runtime, which takes the
+mark from extra.npz.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgevlm.errors import BundleError
+
+from .. import backbone, processor
+from ..checkpoint import Checkpoint, Config, section
+from . import Options, Parts, llava
+
+_PROCESSOR = "LlavaNextImageProcessor"
+# transformers' LlavaNextConfig, (height, width) in px
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    return "LlavaNextForConditionalGeneration" in checkpoint.config["architectures"]
+
+
+def parts(checkpoint: Checkpoint, options: Options) -> Parts:
+    checkpoint.rename(llava.canonical)
+    where = checkpoint.directory / "config.json"
+    root = section(checkpoint.config, llava.KINDS, where)
+    if options.fit is not None:
+        raise BundleError("fit: this family cuts pictures into tiles; it has no other way")
+    text = backbone.read(checkpoint, root, options.prompt)
+    shape = llava.tower_shape(checkpoint)
+    config, file, _ = processor.stored(checkpoint, (_PROCESSOR,))
+    normalisation = processor.normalisation(config, processor.CLIP_MEAN, processor.CLIP_STD, file)
+    _check_sizes(config, shape.image_px, file)
+    n_embd = text.language.n_embd
+    graph, n_tokens = llava.vision(checkpoint, root, shape, normalisation, n_embd)
+    if n_tokens != shape.n_patches:
+        raise BundleError(
+            f"vision_feature_select_strategy leaves {n_tokens} of {shape.n_patches} patches in "
+            f"{where}: rows of tiles cannot be joined"
+        )
+    newline = checkpoint.expect("image_newline", n_embd)
+    manifest = {
+        "image": {
+            "tile_px": shape.image_px,
+            "patch_px": shape.patch_px,
+            "resample": processor.resample(config, 3, file),
+            "grids": _grids(root, config, shape.image_px, where),
+        },
+        "prompt": text.prompt(llava.image_token_id(root)),
+        "generation": text.generation(),
+        "card": {
+            "summary": "LLaVA-NeXT: answers questions about pictures, which it sees as tiles",
+            "can": ["describe", "ask", "chat"],
+            "cannot": ["detect", "point"],
+            "parity": {},
+        },
+    }
+    arrays = {"extra.npz": {"image_newline": lambda: checkpoint.get(newline)}}
+    return Parts(graph, text.language, manifest, arrays)
+
+
+def _check_sizes(config: Config, tile_px: int, where: Path) -> None:
+    """Tiles are cut, resized and cropped to three configured sizes, which must all be one."""
+    found: list[Any] = []
+    for key in ("size", "crop_size"):
+        size = config.get(key, {})
+        found += size.values() if isinstance(size, dict) else [size]
+    if not found or any(edge != tile_px for edge in found):
+        raise BundleError(
+            f"{where} makes tiles of {found} px, the tower takes {tile_px} px: they belong to two "
+            "checkpoints"
+        )
+
+
+def _grids(root: Config, config: Config, tile_px: int, where: Path) -> list[list[int]]:
+    """The grids that a picture may be laid on, (height, width) in tiles."""
+    pinpoints: list[Any] = root.get("image_grid_pinpoints", _PINPOINTS)
+    if config.get("image_grid_pinpoints", _PINPOINTS) != pinpoints:
+        raise BundleError(f"{where} and the image processor name different image_grid_pinpoints")
+    try:
+        grids = [[height // tile_px, width // tile_px] for height, width in pinpoints]
+        if not grids or [[h * tile_px, w * tile_px] for h, w in grids] != pinpoints:
+            raise ValueError(f"they are not multiples of {tile_px} px")
+    except (TypeError, ValueError) as error:
+        raise BundleError(
+            f"image_grid_pinpoints {pinpoints!r:.60} in {where} cannot be used: {error}"
+        ) from error
+    return grids

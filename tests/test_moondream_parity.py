@@ -1,0 +1,233 @@
+"""Tiny Moondreams of every release, exported and run, against the reference's arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from edgevlm_export import export
+from moondream_reference import Reference
+from PIL import Image
+from tiny_moondream import IDS, RELEASES, moondream, token_config, tokenizer
+
+import edgevlm
+from edgevlm.options import Options
+from edgevlm.prompt import Message
+
+POINTING = [release for release in RELEASES if release >= "2025"]
+QUESTION = "What is in the picture?"
+STEPS = 64
+# Two float32 programs add up in their own order.
+EMBEDDING_ATOL = 1e-4
+# llama.cpp's GELU reads a float16 table.
+LOGIT_ATOL = 4e-3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def sized(picture: Image.Image, width: int, height: int) -> Image.Image:
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("size", [(60, 50), (300, 110), (200, 600), (520, 500), (900, 300)])
+def test_embeddings_equal_the_reference(
+    tmp_path: Path, picture: Image.Image, release: str, size: tuple[int, int]
+) -> None:
+    reference = moondream(tmp_path / "checkpoint", release, seed=1)
+    photo = sized(picture, *size)
+    expected = reference.encode(photo)
+    if reference.prefix:
+        expected = torch.cat([reference.embed([_bos(release)]), expected])
+    with opened(tmp_path) as vlm:
+        embeddings = vlm.encode(photo).embeddings
+    np.testing.assert_allclose(embeddings, expected.numpy(), atol=EMBEDDING_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("release", RELEASES)
+def test_logits_and_greedy_tokens_equal_the_reference(
+    tmp_path: Path, picture: Image.Image, release: str, dtype: torch.dtype
+) -> None:
+    names = "2024" if dtype == torch.float16 else None
+    reference = moondream(tmp_path / "checkpoint", release, dtype, seed=2, names=names)
+    prompt = _query(release, reference, reference.encode(picture))
+    banned = (IDS["answer_id"],) if release == "2025-06-21" else ()
+    end = _bos(release)
+    expected, expected_logits = reference.greedy(prompt, reference.prefix, STEPS, end, banned)
+    with opened(tmp_path) as vlm:
+        ids, logits = _ours(vlm, Message("user", QUESTION, (0,)), picture)
+    np.testing.assert_allclose(logits, expected_logits.numpy(), atol=LOGIT_ATOL, rtol=0)
+    assert ids == expected
+
+
+@pytest.mark.parametrize("release", POINTING)
+@pytest.mark.parametrize("length", ["short", "normal", "long"])
+def test_captions_equal_the_reference(
+    tmp_path: Path, picture: Image.Image, release: str, length: str
+) -> None:
+    if (release, length) == ("2025-01-09", "long"):
+        return  # came with the next release
+    reference = moondream(tmp_path / "checkpoint", release, seed=3)
+    template = token_config(release, tokenizer(release))["templates"]["caption"][length]
+    begin = reference.begin(reference.encode(picture), _bos(release))
+    prompt = torch.cat([begin, reference.embed(template)])
+    banned = (IDS["answer_id"],) if release == "2025-06-21" else ()
+    expected, _ = reference.greedy(prompt, reference.prefix, 12, _bos(release), banned)
+    with opened(tmp_path) as vlm:
+        text = tokenizer(release).decode(expected)
+        answer = vlm.describe(picture, length, max_tokens=12, repetition_stop=False)
+    assert answer.text == text.strip()
+
+
+@pytest.mark.parametrize("release", POINTING)
+@pytest.mark.parametrize("sized_", [True, False])
+def test_places_equal_the_reference(
+    tmp_path: Path, picture: Image.Image, release: str, sized_: bool
+) -> None:
+    end = _bos(release)
+    reference = moondream(tmp_path / "checkpoint", release, seed=4, bias={end: 4.0})
+    templates = token_config(release, tokenizer(release))["templates"]
+    template = templates["detect" if sized_ else "point"]
+    thing = ("" if release == "2025-01-09" else " ") + "red sofa"
+    ids = tokenizer(release).encode(thing).ids
+    begin = reference.begin(reference.encode(picture), end)
+    prompt = torch.cat([begin, reference.embed([*template["prefix"], *ids, *template["suffix"]])])
+    expected = reference.find(prompt, end, sized_, 6)
+    with opened(tmp_path) as vlm:
+        if sized_:
+            boxes = vlm.detect(picture, "red sofa", max_objects=6)
+            found = [(b.x_min, b.y_min, b.x_max, b.y_max) for b in boxes]
+            expected = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in expected]
+        else:
+            found = [(p.x, p.y) for p in vlm.point(picture, "red sofa", max_objects=6)]
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+
+def test_a_text_only_question_is_causal(tmp_path: Path) -> None:
+    reference = moondream(tmp_path / "checkpoint", seed=5)
+    prompt = _query("2025-06-21", reference, None)
+    banned = (IDS["answer_id"],)
+    expected, _ = reference.greedy(prompt, 0, 12, IDS["eos_id"], banned)
+    with opened(tmp_path) as vlm:
+        answer = vlm.ask([], QUESTION, max_tokens=12, repetition_stop=False)
+    assert answer.text == tokenizer("2025-06-21").decode(expected).strip()
+
+
+@pytest.mark.parametrize("seed", [7, 9])  # thoughts that max_tokens ends, and that end themselves
+def test_reasoning_equals_the_reference(tmp_path: Path, picture: Image.Image, seed: int) -> None:
+    release = "2025-06-21"
+    bias = {IDS["coord_id"]: 9.0, IDS["answer_id"]: 7.0, IDS["start_ground_points_id"]: 8.0}
+    reference = moondream(tmp_path / "checkpoint", release, seed=seed, bias=bias)
+    made = tokenizer(release)
+    template = token_config(release, made)["templates"]["query"]
+    begin = reference.begin(reference.encode(picture), IDS["bos_id"])
+    asked = [*template["prefix"], *made.encode(QUESTION).ids, *template["suffix"]]
+    prompt = torch.cat([begin, reference.embed([*asked, IDS["thinking_id"]])])
+    chunks, rows = reference.think(prompt, IDS, 40)
+    rows = torch.cat([rows, reference.embed(template["suffix"])])
+    expected, _ = reference.greedy(rows, reference.prefix, 40, IDS["eos_id"], (IDS["answer_id"],))
+    with opened(tmp_path) as vlm:
+        answer = vlm.ask(picture, QUESTION, reasoning=True, max_tokens=40, repetition_stop=False)
+    assert answer.text == made.decode(expected).strip()
+    assert answer.reasoning is not None
+    texts = [made.decode(tokens) for tokens, _ in chunks]
+    assert answer.reasoning.text == "".join(texts)
+    pairs = [[*zip(values[::2], values[1::2], strict=False)] for _, values in chunks]
+    found = [(g.start, g.end, [*g.points]) for g in answer.reasoning.grounding]
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    starts = [0, *ends[:-1]]
+    assert found == [told for told in zip(starts, ends, pairs, strict=True) if told[2]]
+    assert found
+
+
+def test_places_in_a_question_equal_the_reference(tmp_path: Path, picture: Image.Image) -> None:
+    release = "2025-06-21"
+    reference = moondream(tmp_path / "checkpoint", release, seed=7)
+    template = token_config(release, tokenizer(release))["templates"]["query"]
+    ids = tokenizer(release).encode(QUESTION).ids
+    prompt = torch.cat(
+        [
+            reference.begin(reference.encode(picture), IDS["bos_id"]),
+            reference.embed(template["prefix"]),
+            reference.encoded("coord", 0.25),
+            reference.encoded("coord", 0.5),
+            reference.encoded("coord", 0.5),
+            reference.encoded("coord", 0.4),
+            reference.encoded("size", 0.2, 0.6),
+            reference.embed([*ids, *template["suffix"], *template["suffix"]]),
+        ]
+    )
+    banned = (IDS["answer_id"],)
+    expected, _ = reference.greedy(prompt, reference.prefix, 12, IDS["eos_id"], banned)
+    with opened(tmp_path) as vlm:
+        answer = vlm.ask(
+            picture,
+            QUESTION,
+            places=[(0.25, 0.5), (0.4, 0.1, 0.6, 0.7)],
+            max_tokens=12,
+            repetition_stop=False,
+        )
+    assert answer.text == tokenizer(release).decode(expected).strip()
+
+
+@pytest.mark.parametrize("release", POINTING)
+def test_a_gaze_equals_the_reference(tmp_path: Path, picture: Image.Image, release: str) -> None:
+    reference = moondream(tmp_path / "checkpoint", release, seed=8)
+    words = [tokenizer(release).encode(text).ids for text in ("\n\nPoint:", " gaze\n\n")]
+    prompt = torch.cat(
+        [
+            reference.begin(reference.encode(picture), _bos(release)),
+            reference.embed(words[0]),
+            reference.encoded("coord", 0.3),
+            reference.encoded("coord", 0.7),
+            reference.embed(words[1]),
+        ]
+    )
+    ((x, y),) = reference.find(prompt, _bos(release), False, 1)
+    with opened(tmp_path) as vlm:
+        gaze = vlm.gaze(picture, (0.3, 0.7))
+    assert gaze is not None
+    assert (gaze.x, gaze.y) == (x, y)
+
+
+def opened(tmp_path: Path) -> edgevlm.VLM:
+    bundle = tmp_path / "bundle"
+    if not bundle.exists():
+        export(tmp_path / "checkpoint", bundle, language="f32")
+    return edgevlm.load(bundle, precise=True, threads=1)
+
+
+def _bos(release: str) -> int:
+    return 0 if release == "2025-06-21" else int(tokenizer(release).token_to_id("<|endoftext|>"))
+
+
+def _query(release: str, reference: Reference, picture: torch.Tensor | None) -> torch.Tensor:
+    made = tokenizer(release)
+    begin = reference.begin(picture, _bos(release))
+    if release < "2025":
+        ids = made.encode(f"\n\nQuestion: {QUESTION}\n\nAnswer:").ids
+        return torch.cat([begin, reference.embed(ids)])
+    template = token_config(release, made)["templates"]["query"]
+    asked = made.encode((" " if release == "2025-03-27" else "") + QUESTION).ids
+    suffix = template["suffix"] * (2 if release == "2025-06-21" else 1)
+    return torch.cat([begin, reference.embed([*template["prefix"], *asked, *suffix])])
+
+
+def _ours(
+    vlm: edgevlm.VLM, message: Message, picture: Image.Image
+) -> tuple[list[int], np.ndarray[Any, Any]]:
+    language, image = vlm._language, vlm.encode(picture)
+    prompt = language.tokenize(vlm._family.prompt([message], [image.layout]))
+    language.feed(prompt, [image])
+    logits = language.logits()
+    with language.sampler(Options()) as sampler:
+        return [token for token, _ in language.tokens(sampler, STEPS)], logits
