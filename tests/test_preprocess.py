@@ -118,3 +118,42 @@ def test_a_set_flag_raises_cancelled() -> None:
     flag.set()
     with pytest.raises(Cancelled):
         patches(photo(20, 20), CROP, 1, flag)
+
+
+def test_resizes_on_the_way_round_as_pillow_does() -> None:
+    pixels = photo(97, 131)
+    steps = ((60, 80), (56, 84))
+    views = (
+        View(56, 84, "lanczos", ((0, 0), (0, 28), (28, 56)), via_px=steps),
+        View(28, 28, "lanczos", ((0, 0),), via_px=steps),
+    )
+    layout = Layout(views, 28, 7, True, (0, 0, 0), 64)
+    grid = Image.fromarray(pixels).resize((80, 60), Image.Resampling.LANCZOS)
+    grid = grid.resize((84, 56), Image.Resampling.LANCZOS)
+    whole = grid.resize((28, 28), Image.Resampling.LANCZOS)
+    tiles = [grid.crop((x, y, x + 28, y + 28)) for y, x in views[0].tiles]
+    parts = np.stack([np.asarray(tile) for tile in (*tiles, whole)])
+    parts = parts.reshape(4, 4, 7, 4, 7, 3).transpose(0, 1, 3, 5, 2, 4)
+    np.testing.assert_array_equal(patches(pixels, layout, 2), parts.reshape(4, 16, 147))
+
+
+def test_a_square_is_padded_once_before_the_first_of_two_resizes() -> None:
+    pixels = photo(40, 60)
+    view = View(14, 14, "bicubic", ((0, 0),), square=True, via_px=((30, 30),))
+    layout = Layout((view,), 14, 14, False, LLAVA_GREY, 1)
+    square = Image.new("RGB", (60, 60), LLAVA_GREY)
+    square.paste(Image.fromarray(pixels), (0, 10))
+    small = square.resize((30, 30), Image.Resampling.BICUBIC)
+    small = small.resize((14, 14), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(patches(pixels, layout, 1), np.asarray(small).reshape(1, 1, -1))
+
+
+def test_a_box_is_resized_without_its_neighbours() -> None:
+    pixels = photo(97, 131)
+    view = View(28, 42, "bilinear", ((0, 0), (14, 28)), box_px=(48, 65, 49, 66))
+    layout = Layout((view,), 14, 14, False, (0, 0, 0), 2, picture_px=(97, 131))
+    small = (
+        Image.fromarray(pixels).crop((65, 48, 131, 97)).resize((42, 28), Image.Resampling.BILINEAR)
+    )
+    tiles = [np.asarray(small)[y : y + 14, x : x + 14].reshape(1, -1) for y, x in view.tiles]
+    np.testing.assert_array_equal(patches(pixels, layout, 1), np.stack(tiles))

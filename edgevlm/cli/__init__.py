@@ -14,7 +14,18 @@ import click
 
 from edgevlm import __version__
 
-_VERBS = ("describe", "ask", "chat", "info", "models", "doctor")
+_VERBS = (
+    "describe",
+    "ask",
+    "chat",
+    "detect",
+    "point",
+    "export",
+    "info",
+    "models",
+    "verify",
+    "doctor",
+)
 
 
 class _Verbs(click.Group):

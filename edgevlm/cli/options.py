@@ -23,7 +23,7 @@ def option(*names: str, **attributes: Any) -> Callable[[C], C]:
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
 
 
-def _all(*decorators: Callable[[C], C]) -> Callable[[C], C]:
+def every(*decorators: Callable[[C], C]) -> Callable[[C], C]:
     def decorate(command: C) -> C:
         for decorator in reversed(decorators):
             command = decorator(command)
@@ -32,7 +32,7 @@ def _all(*decorators: Callable[[C], C]) -> Callable[[C], C]:
     return decorate
 
 
-model = _all(
+model = every(
     option("-m", "--model", metavar="MODEL", help="Model name or bundle directory."),
     option("-t", "--threads", type=click.IntRange(1), help="Threads [default: physical cores]."),
     option(
@@ -51,7 +51,7 @@ model = _all(
     option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
 )
 
-sampling = _all(
+sampling = every(
     option(
         "-n",
         "--max-tokens",
@@ -82,7 +82,7 @@ sampling = _all(
     ),
 )
 
-output = _all(
+output = every(
     option("--json", "as_json", is_flag=True, help="One JSON object a photo."),
     option("--no-stream", is_flag=True, help="Print the answer when it is complete."),
     option("--timings", is_flag=True, help="Print the time of each stage on stderr."),

@@ -1,17 +1,27 @@
 """The export stage: a checkpoint directory → a bundle that the runtime opens.
 
-Needs neither torch nor transformers; weights stream from disk to disk.
+Needs neither torch nor transformers; weights stream from disk to disk. What it needs on top of
+the runtime is in the extra `export` (gguf, onnx).
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["export"]
+if TYPE_CHECKING:
+    from .families import Parts
+    from .graph import Graph
 
-_VISION_DTYPES = ("fp32",)
+__all__ = ["LANGUAGES", "VISIONS", "export", "export_pair"]
+
+LANGUAGES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+VISIONS = ("fp32", "fp16", "int8")
+Progress: TypeAlias = Callable[[str, int, int], None]  # what, steps done, steps in all
 
 
 def export(
@@ -23,43 +33,182 @@ def export(
     vision: str = "fp32",
     prompt: str | None = None,
     fit: str | None = None,
+    tokenizer: Path | None = None,
+    release: str | None = None,
+    lora: Path | None = None,
+    imatrix: Path | None = None,
+    photos: Sequence[Path] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the bundle of the checkpoint directory `source` into the new directory `out`.
 
-    `family`, `prompt` (the language model's template) and `fit` ("crop", "pad" or "stretch")
-    override what the checkpoint says. Returns `out`.
+    Args:
+        family, prompt, fit: override what the checkpoint says; `prompt` names the language model's
+            template, `fit` is "crop", "pad" or "stretch".
+        language: one of LANGUAGES; the quantized ones are made by llama.cpp.
+        vision: one of VISIONS; int8 keeps in float what it would harm (see gate.py).
+        tokenizer: a tokenizer.json to take instead of the checkpoint's own.
+        release: of a family whose releases differ and whose checkpoint does not say which it is.
+        lora: directory of a PEFT adapter, merged into the weights.
+        imatrix: importance matrix for the quantized languages (imatrix.gguf).
+        photos: what int8 is measured on, files or directories; by default drawn pictures.
+        threads: by default the physical cores.
+        progress: told how far each part is.
+        origin: "id" and "revision" of the source; by default the directory's name.
 
     Raises:
         UnknownFamily: no family knows this checkpoint; the message lists what was seen.
         BundleError: the checkpoint is incomplete, contradictory or not understood, or `out` is
             taken. Nothing is left behind.
     """
-    from . import bundle, families, gguf
-    from .checkpoint import Checkpoint
+    from edgevlm.device import thread_budget
 
-    if language not in gguf.DTYPES:
-        raise ValueError(f"language={language!r}; known: {', '.join(gguf.DTYPES)}")
-    if vision not in _VISION_DTYPES:
-        raise ValueError(f"vision={vision!r}; known: {', '.join(_VISION_DTYPES)}")
-    checkpoint = Checkpoint(source)
+    from . import bundle, families
+    from .checkpoint import Checkpoint
+    from .lora import Lora
+
+    _check(language=language, vision=vision, imatrix=imatrix)
+    report: Progress = progress or (lambda what, done, total: None)
+    budget = thread_budget(threads)
+    checkpoint = Checkpoint(source, tokenizer)
+    adapter = Lora(lora) if lora is not None else None
+    if adapter is not None:
+        checkpoint.adapt(adapter)
     name, module = families.find(checkpoint, family)
-    parts = module.parts(checkpoint, families.Options(prompt=prompt, fit=fit))
+    options = families.Options(prompt, fit, release)
+    parts = module.parts(checkpoint, options)
+    if adapter is not None:
+        adapter.check(checkpoint)
     with bundle.writing(out) as directory:
-        parts.vision.save(directory / "vision.onnx")
-        parts.language.save(directory / "language.gguf", language)
-        shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
+        _write_language(parts, directory, language, imatrix, budget, report)
+        shutil.copyfile(checkpoint.tokenizer, directory / "tokenizer.json")
         manifest = {
             "name": out.resolve().name,
             "family": name,
-            "source": {"id": source.resolve().name, "revision": ""},
+            "source": {
+                **(origin or {"id": source.resolve().name, "revision": ""}),
+                **({"lora": lora.resolve().name} if lora is not None else {}),
+            },
             "licence": _licence(source),
             **parts.manifest,
             "n_embd": parts.language.n_embd,
             "n_ctx": parts.language.n_ctx,
             "quantization": {"vision": vision, "language": language},
+            "options": {k: v for k, v in vars(options).items() if v is not None},
         }
+        _write_vision(parts.vision, directory, manifest, photos, budget, report)
         bundle.seal(directory, manifest)
     return out
+
+
+def export_pair(
+    model: Path,
+    mmproj: Path,
+    out: Path,
+    *,
+    vision: str = "fp32",
+    prompt: str | None = None,
+    fit: str | None = None,
+    photos: Sequence[Path] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the bundle of a pair of GGUF files: `model` is copied, `mmproj` becomes our graph.
+
+    Arguments as for `export`; `fit` is "pad" by default, as LLaVA was trained.
+
+    Raises:
+        BundleError: a file is not what it should be, the two do not belong together, or `out` is
+            taken. Nothing is left behind.
+    """
+    from edgevlm.device import thread_budget
+
+    from . import bundle, pair
+
+    _check(language="f16", vision=vision, imatrix=None)
+    report: Progress = progress or (lambda what, done, total: None)
+    files = pair.Pair(model, mmproj)
+    graph, planned = pair.plan(files, prompt, fit)
+    with bundle.writing(out) as directory:
+        shutil.copyfile(model, directory / "language.gguf")
+        report("language", 1, 1)
+        manifest = {
+            "name": out.resolve().name,
+            "source": {"id": files.name, "revision": ""},
+            **planned,
+            "quantization": {"vision": vision, "language": files.quantization},
+        }
+        _write_vision(graph, directory, manifest, photos, thread_budget(threads), report)
+        bundle.seal(directory, manifest)
+    return out
+
+
+def _check(*, language: str, vision: str, imatrix: Path | None) -> None:
+    if language not in LANGUAGES:
+        raise ValueError(f"language={language!r}; known: {', '.join(LANGUAGES)}")
+    if vision not in VISIONS:
+        raise ValueError(f"vision={vision!r}; known: {', '.join(VISIONS)}")
+    if imatrix is not None and language in ("f32", "f16"):
+        raise ValueError(f"an imatrix is for quantized languages; language={language!r}")
+
+
+def _write_language(
+    parts: Parts,
+    directory: Path,
+    kind: str,
+    imatrix: Path | None,
+    threads: int,
+    report: Progress,
+) -> None:
+    """language.gguf, through an f16 file of its own where llama.cpp quantizes; then the arrays."""
+    import numpy as np
+
+    from . import gguf, quantize
+
+    file = directory / "language.gguf"
+    if kind in gguf.DTYPES:
+        gguf.counted(parts.language, partial(report, "language")).save(file, kind)
+    else:
+        whole = directory / "language.f16.gguf"
+        gguf.counted(parts.language, partial(report, "language f16")).save(whole, "f16")
+        quantize.quantize(
+            whole, file, kind,
+            imatrix=imatrix, threads=threads, progress=partial(report, f"language {kind}"),
+        )  # fmt: skip
+        whole.unlink()
+    for name, arrays in parts.arrays.items():
+        dtype = np.float32 if kind == "f32" else np.float16
+        values: dict[str, Any] = {key: load().astype(dtype) for key, load in arrays.items()}
+        np.savez(directory / name, **values)
+
+
+def _write_vision(
+    graph: Graph,
+    directory: Path,
+    manifest: dict[str, Any],
+    photos: Sequence[Path],
+    threads: int,
+    report: Progress,
+) -> None:
+    """vision.onnx; for int8, what the gate found goes into the card."""
+    from . import gate, precision
+    from . import photos as pictures
+
+    model, kind = graph.model(), manifest["quantization"]["vision"]
+    if kind == "fp16":
+        model = precision.fp16(model)
+    elif kind == "int8":
+        family = gate.family_of(directory, manifest)
+        seen = list(pictures.read(photos))
+        verdict = gate.Gate(
+            model, family, seen, threads=threads, progress=partial(report, "int8")
+        ).choose()
+        model = precision.int8(model, verdict.float_layers)
+        parity = {**manifest["card"]["parity"], "vision_int8": verdict.card()}
+        manifest["card"] = {**manifest["card"], "parity": parity}
+    model.save(directory / "vision.onnx", progress=partial(report, "vision"))
 
 
 def _licence(source: Path) -> str:
