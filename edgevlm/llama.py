@@ -11,7 +11,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -22,10 +22,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 from numpy.typing import NDArray
 
-from edgevlm.errors import BackendError, Cancelled, PromptError
+from edgevlm.errors import BackendError, Cancelled, OutputError, PromptError
 from edgevlm.kernels import Flag, abort_callback
 
 _log = logging.getLogger("edgevlm.llama")
@@ -35,6 +34,7 @@ _WARNING, _CONTINUED = 3, 5  # ggml_log_level
 _PENALTY_WINDOW_TOKENS = 64
 _F32, _F16 = 0, 1  # ggml_type
 _PIECE_BYTES = 256
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
@@ -94,6 +94,16 @@ class Model:
         if n < 0:
             raise _failure(f"has a token {token} of more than {_PIECE_BYTES} bytes")
         return buffer.raw[:n]
+
+    @cached_property
+    def textless(self) -> NDArray[np.int64]:
+        """Tokens that a grammar must not choose: it reads their names, the answer has no text."""
+        ids = [
+            token
+            for token in range(self.n_vocab)
+            if not self.is_end(token) and (not (piece := self.piece(token)) or piece[0] >= 0xF5)
+        ]
+        return np.array(ids, np.int64)  # 0xF5 and above never begin or continue a character
 
     def is_end(self, token: int) -> bool:
         return bool(lib.llama_vocab_is_eog(self.vocab, token))
@@ -205,6 +215,8 @@ class Sampler:
         """Raises PromptError: llama.cpp does not accept the grammar."""
         _complaints.clear()
         self.handle = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        self._candidates = np.zeros(model.n_vocab, _CANDIDATE)
+        self._banned = model.textless if grammar is not None else np.empty(0, np.int64)
         if grammar is not None:
             constraint = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
             if not constraint:
@@ -237,17 +249,30 @@ class Sampler:
         self.close()
 
     def sample(self, context: Context) -> int:
-        return int(lib.llama_sampler_sample(self.handle, context.handle, -1))
+        """The next token, by the logits of the last row.
+
+        Raises:
+            OutputError: the grammar admits none. (llama.cpp's own call would take a forbidden
+                one, and abort the process when the grammar meets it.)
+        """
+        candidates = self._candidates
+        candidates["id"] = np.arange(len(candidates))
+        candidates["logit"] = context.logits()
+        candidates["logit"][self._banned] = -np.inf
+        data = candidates.ctypes.data_as(lib.llama_token_data_p)
+        array = lib.llama_token_data_array(data, len(candidates), -1, False)
+        lib.llama_sampler_apply(self.handle, ctypes.byref(array))
+        chosen = candidates[array.selected]
+        if chosen["logit"] == -np.inf:
+            raise OutputError("the grammar admits no token that this model has: make it wider")
+        token = int(chosen["id"])
+        lib.llama_sampler_accept(self.handle, token)
+        return token
 
     def close(self) -> None:
         if self.handle:
             lib.llama_sampler_free(self.handle)
             self.handle = None
-
-
-def schema_to_grammar(schema_json: str) -> str:
-    """GBNF of a JSON schema, by llama.cpp's own rules."""
-    return str(json_schema_to_gbnf(schema_json))
 
 
 def version() -> str:

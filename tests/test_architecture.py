@@ -28,9 +28,7 @@ def imports(path: Path) -> set[str]:
 
 
 def importers(package: str) -> list[str]:
-    return [
-        str(path.relative_to(ROOT / "edgevlm")) for path in RUNTIME if package in imports(path)
-    ]
+    return [str(path.relative_to(ROOT / "edgevlm")) for path in RUNTIME if package in imports(path)]
 
 
 def test_the_runtime_never_imports_what_only_training_needs() -> None:

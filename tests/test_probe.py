@@ -40,7 +40,6 @@ def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str) -> None:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "llama_cpp.py").write_text(DYING.format(dies=dies))
-    (package / "llama_grammar.py").write_text("json_schema_to_gbnf = None")
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
 
 

@@ -25,6 +25,7 @@ _IMAGE = {
 _FITS = ("crop", "pad", "stretch")
 _FILTERS = ("bicubic", "bilinear", "lanczos", "box")
 _PROMPT = {
+    "bos": bool,
     "system": str,
     "user": str,
     "assistant": str,
