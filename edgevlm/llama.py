@@ -184,8 +184,9 @@ class Context:
         lib.llama_set_n_threads(self.handle, threads, threads)
 
     def truncate(self, n_positions: int) -> None:
-        """Forget everything from `n_positions` on."""
-        lib.llama_memory_seq_rm(self._memory, 0, n_positions, -1)
+        """Forget everything from `n_positions` on; a closed context has nothing to forget."""
+        if self.handle:
+            lib.llama_memory_seq_rm(self._memory, 0, n_positions, -1)
 
     def logits(self) -> NDArray[np.float32]:
         """Of the last row, float32 [n_vocab]; a copy."""

@@ -302,6 +302,39 @@ def test_threads_take_turns(vlm: VLM, picture: Image.Image) -> None:
     assert answers == [alone] * 3
 
 
+def test_a_closed_model_refuses_work(bundle: Path, picture: Image.Image) -> None:
+    vlm = edgevlm.load(bundle)
+    unfinished = vlm.stream(picture, QUESTION, max_tokens=5)
+    next(unfinished)
+    vlm.close()
+    vlm.close()
+    with pytest.raises((RuntimeError, edgevlm.EdgeVLMError)):
+        list(unfinished)
+    with pytest.raises(RuntimeError, match="closed"):
+        vlm.ask(picture, QUESTION)
+
+
+def test_close_stops_what_another_thread_runs(bundle: Path, picture: Image.Image) -> None:
+    vlm = edgevlm.load(bundle)
+    caught: list[BaseException] = []
+    started = threading.Event()
+
+    def work() -> None:
+        try:
+            for _ in vlm.stream(picture, QUESTION, grammar="root ::= [a-z]+", max_tokens=400):
+                started.set()
+                time.sleep(0.01)
+        except edgevlm.Cancelled as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    vlm.close()
+    thread.join()
+    assert len(caught) == 1
+
+
 def test_parts_of_two_models_are_refused_with_both_widths(bundle: Path, tmp_path: Path) -> None:
     import json
     import shutil
