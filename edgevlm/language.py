@@ -60,6 +60,8 @@ class Language:
         self._context = Context(
             self._model, n_ctx, threads=threads, flag=cancel.flag, precise=precise
         )
+        if bundle.has("adapter.gguf"):
+            self._context.apply_adapter(bundle.file("adapter.gguf"))
         self._tokenizer = (
             Tokenizer.from_file(str(bundle.file("tokenizer.json")))
             if bundle.has("tokenizer.json")

@@ -143,6 +143,18 @@ class Context:
         self._n_batch: int = params.n_batch
         self.n_ctx = n_ctx
 
+    def apply_adapter(self, path: Path) -> None:
+        """Use a LoRA adapter in all that follows; it lives as long as the model.
+
+        Raises:
+            BackendError: not an adapter of this model.
+        """
+        adapter = lib.llama_adapter_lora_init(self._model.handle, str(path).encode())
+        if not adapter:
+            raise _failure(f"cannot load the adapter {path}")
+        one = (lib.llama_adapter_lora_p_ctypes * 1)(adapter)
+        lib.llama_set_adapters_lora(self.handle, one, 1, (ctypes.c_float * 1)(1.0))
+
     def decode(self, rows: Sequence[int] | NDArray[np.float32], position: int) -> None:
         """Run token ids, or embeddings float32 [n, n_embd], from `position` on.
 

@@ -42,6 +42,7 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: Path) -> None:
         "edgevlm/py.typed",
         "edgevlm/data/probe.gguf",
         "edgevlm/data/nano/bundle.json",
+        "edgevlm/data/nano/adapter.gguf",
         "edgevlm/data/nano/vision.onnx",
         "edgevlm_export/graph.py",
     } <= names
