@@ -33,7 +33,7 @@ _SHAPE: dict[str, Any] = {
     "source": dict,
     "files": dict,
     "image": dict,
-    "prompt": {"bos": bool, "image_token": str},
+    "prompt": dict,
     "generation": {"stop_token_ids": list, "max_tokens": int, "repeat_penalty": (int, float)},
     "n_embd": int,
     "n_ctx": int,

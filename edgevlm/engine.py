@@ -108,6 +108,7 @@ class VLM:
         )
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that holds the lock
+        self._closed = False
 
     def describe(self, picture: Picture, length: str = "normal", **options: Any) -> Answer:
         """Say what the picture shows; `length` is "short", "normal" or "long".
@@ -310,6 +311,8 @@ class VLM:
         if self._owner == threading.get_ident():
             raise RuntimeError("a stream of this model is still open: finish or close it first")
         with self._lock:
+            if self._closed:
+                raise RuntimeError("this model was closed")
             self._owner = threading.get_ident()
             self._cancel.begin()
             try:
@@ -318,9 +321,17 @@ class VLM:
                 self._owner = None
 
     def close(self) -> None:
-        """Free the model; calls after this fail."""
-        self._cancel.close()
-        self._language.close()
+        """Free the model, after stopping what another thread runs on it; later calls fail."""
+        mine = self._owner == threading.get_ident()  # an unfinished stream: nothing native runs
+        if not mine:
+            self._cancel.cancel()
+            self._lock.acquire()
+        if not self._closed:
+            self._closed = True
+            self._cancel.close()
+            self._language.close()
+        if not mine:
+            self._lock.release()
 
     def __enter__(self) -> VLM:
         return self

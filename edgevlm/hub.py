@@ -125,7 +125,7 @@ def _download_wheel(source: Mapping[str, Any], n_bytes: int, directory: Path) ->
     command += ["-d", str(directory)]
     if not sys.stderr.isatty():
         command.append("--quiet")
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    done = subprocess.run(command, stdout=sys.stderr, cwd=directory, check=False)
     wheels = list(directory.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         raise HubError(

@@ -70,6 +70,8 @@ class Language:
             n_batch=max(BATCH_TOKENS, bundle.manifest["image"].get("bidirectional_tokens", 0)),
             taps_hidden=bundle.has("region.npz"),
         )
+        if bundle.has("adapter.gguf"):
+            self._context.apply_adapter(bundle.file("adapter.gguf"))
         self._tokenizer = (
             Tokenizer.from_file(str(bundle.file("tokenizer.json")))
             if bundle.has("tokenizer.json")

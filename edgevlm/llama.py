@@ -12,7 +12,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -23,10 +23,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 from numpy.typing import NDArray
 
-from edgevlm.errors import BackendError, Cancelled, PromptError
+from edgevlm.errors import BackendError, Cancelled, OutputError, PromptError
 from edgevlm.kernels import Flag, abort_callback
 
 _log = logging.getLogger("edgevlm.llama")
@@ -37,6 +36,7 @@ BATCH_TOKENS = 512  # llama.cpp's own default for what it computes at once
 _PENALTY_WINDOW_TOKENS = 64
 _F32, _F16 = 0, 1  # ggml_type
 _PIECE_BYTES = 256
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
@@ -97,6 +97,16 @@ class Model:
             raise _failure(f"has a token {token} of more than {_PIECE_BYTES} bytes")
         return buffer.raw[:n]
 
+    @cached_property
+    def textless(self) -> NDArray[np.int64]:
+        """Tokens that a grammar must not choose: it reads their names, the answer has no text."""
+        ids = [
+            token
+            for token in range(self.n_vocab)
+            if not self.is_end(token) and (not (piece := self.piece(token)) or piece[0] >= 0xF5)
+        ]
+        return np.array(ids, np.int64)  # 0xF5 and above never begin or continue a character
+
     def is_end(self, token: int) -> bool:
         return bool(lib.llama_vocab_is_eog(self.vocab, token))
 
@@ -149,6 +159,18 @@ class Context:
         self._n_batch: int = params.n_batch
         self.n_ctx = n_ctx
 
+    def apply_adapter(self, path: Path) -> None:
+        """Use a LoRA adapter in all that follows; it lives as long as the model.
+
+        Raises:
+            BackendError: not an adapter of this model.
+        """
+        adapter = lib.llama_adapter_lora_init(self._model.handle, str(path).encode())
+        if not adapter:
+            raise _failure(f"cannot load the adapter {path}")
+        one = (lib.llama_adapter_lora_p_ctypes * 1)(adapter)
+        lib.llama_set_adapters_lora(self.handle, one, 1, (ctypes.c_float * 1)(1.0))
+
     def decode(self, rows: Sequence[int] | NDArray[np.float32], position: int) -> None:
         """Run token ids, or embeddings float32 [n, n_embd], from `position` on.
 
@@ -200,8 +222,9 @@ class Context:
         lib.llama_set_n_threads(self.handle, threads, threads)
 
     def truncate(self, n_positions: int) -> None:
-        """Forget everything from `n_positions` on."""
-        lib.llama_memory_seq_rm(self._memory, 0, n_positions, -1)
+        """Forget everything from `n_positions` on; a closed context has nothing to forget."""
+        if self.handle:
+            lib.llama_memory_seq_rm(self._memory, 0, n_positions, -1)
 
     def logits(self) -> NDArray[np.float32]:
         """Of the last row, float32 [n_vocab]; a copy."""
@@ -265,6 +288,8 @@ class Sampler:
         """Raises PromptError: llama.cpp does not accept the grammar."""
         _complaints.clear()
         self.handle = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        self._candidates = np.zeros(model.n_vocab, _CANDIDATE)
+        self._banned = model.textless if grammar is not None else np.empty(0, np.int64)
         if grammar is not None:
             constraint = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
             if not constraint:
@@ -302,17 +327,30 @@ class Sampler:
         self.close()
 
     def sample(self, context: Context) -> int:
-        return int(lib.llama_sampler_sample(self.handle, context.handle, -1))
+        """The next token, by the logits of the last row.
+
+        Raises:
+            OutputError: the grammar admits none. (llama.cpp's own call would take a forbidden
+                one, and abort the process when the grammar meets it.)
+        """
+        candidates = self._candidates
+        candidates["id"] = np.arange(len(candidates))
+        candidates["logit"] = context.logits()
+        candidates["logit"][self._banned] = -np.inf
+        data = candidates.ctypes.data_as(lib.llama_token_data_p)
+        array = lib.llama_token_data_array(data, len(candidates), -1, False)
+        lib.llama_sampler_apply(self.handle, ctypes.byref(array))
+        chosen = candidates[array.selected]
+        if chosen["logit"] == -np.inf:
+            raise OutputError("the grammar admits no token that this model has: make it wider")
+        token = int(chosen["id"])
+        lib.llama_sampler_accept(self.handle, token)
+        return token
 
     def close(self) -> None:
         if self.handle:
             lib.llama_sampler_free(self.handle)
             self.handle = None
-
-
-def schema_to_grammar(schema_json: str) -> str:
-    """GBNF of a JSON schema, by llama.cpp's own rules."""
-    return str(json_schema_to_gbnf(schema_json))
 
 
 def version() -> str:

@@ -21,6 +21,14 @@ from edgevlm.errors import BackendError
 
 _MODEL = Path(__file__).parent / "data" / "probe.gguf"
 _TIMEOUT_S = 120
+# With the parent's module path: `-m` would look in the working directory first, and find the
+# source tree there when somebody tries a fresh clone.
+_CHILD = """
+import sys
+sys.path[:] = sys.argv[2:]
+from edgevlm.probe import run_tiny_model
+run_tiny_model(sys.argv[1] == "1")
+"""
 _REQUIREMENT = "llama-cpp-python==0.3.36"
 
 
@@ -63,7 +71,7 @@ def _probe() -> Verdict:
 
 def _try(*, extra_buffers: bool) -> str:
     """Run the tiny model in a child; "" if it lived, else what became of it."""
-    command = [sys.executable, "-m", "edgevlm.probe", str(int(extra_buffers))]
+    command = [sys.executable, "-c", _CHILD, str(int(extra_buffers)), *sys.path]
     settings = "with repacked weights" if extra_buffers else "with plain weights"
     try:
         child = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False)
@@ -89,7 +97,8 @@ def _fingerprint() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _run_tiny_model(extra_buffers: bool) -> None:
+def run_tiny_model(extra_buffers: bool) -> None:
+    """What the child does; dies, raises or returns."""
     import numpy as np
 
     from edgevlm.kernels import Flag
@@ -101,7 +110,3 @@ def _run_tiny_model(extra_buffers: bool) -> None:
     context.decode([1], 33)  # one token: the matrix-vector kernels
     if not np.isfinite(context.logits()).all():
         raise BackendError("the logits are not finite")
-
-
-if __name__ == "__main__":
-    _run_tiny_model(sys.argv[1] == "1")

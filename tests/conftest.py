@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Verdicts and models of the tests stay out of the user's cache."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Verdicts and models stay out of the user's cache, child processes out of the source tree."""
     directory = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(directory))
+        patch.chdir(tmp_path_factory.mktemp("working-directory"))
         patch.delenv("EDGEVLM_MODEL", raising=False)
         yield directory
 

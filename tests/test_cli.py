@@ -37,6 +37,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch, bundle: str) -> None:
     monkeypatch.setenv("EDGEVLM_MAX_TOKENS", "5")
 
 
+LOOPING = '{"type": "string", "pattern": "^a{40}$"}'
 Captured = pytest.CaptureFixture[str]
 
 
@@ -136,6 +137,15 @@ def test_every_option_has_an_environment_variable() -> None:
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert str(parameter.envvar).startswith("EDGEVLM_"), (name, parameter.name)
+
+
+def test_a_flag_can_be_set_by_its_variable(
+    capsys: Captured, photo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = ["ask", photo, "?", "--max-tokens", "60", "--json", "--schema", LOOPING]
+    assert run(loop) == 1  # stopped in the middle of a loop, the JSON is not complete
+    monkeypatch.setenv("EDGEVLM_NO_REPETITION_STOP", "1")
+    assert run(loop) == 0
 
 
 # Exit codes, one by one; 3 is above.

@@ -93,9 +93,7 @@ def test_a_picture_encoded_by_another_model_is_refused(
         vlm.ask(encoded, QUESTION)
 
 
-def test_sampling_repeats_with_its_seed_and_varies_without(
-    vlm: VLM, picture: Image.Image
-) -> None:
+def test_sampling_repeats_with_its_seed_and_varies_without(vlm: VLM, picture: Image.Image) -> None:
     def sampled(seed: int) -> str:
         return vlm.ask(picture, QUESTION, max_tokens=12, temperature=1.5, seed=seed).text
 
@@ -128,11 +126,19 @@ def test_a_loop_ends_with_its_own_reason(vlm: VLM, picture: Image.Image) -> None
     assert free.finish_reason == "length"
 
 
-def test_a_grammar_that_is_none_is_refused_before_any_work(
-    vlm: VLM, picture: Image.Image
-) -> None:
+def test_a_grammar_that_is_none_is_refused_before_any_work(vlm: VLM, picture: Image.Image) -> None:
     with pytest.raises(edgevlm.PromptError, match="GBNF"):
         vlm.ask(picture, QUESTION, grammar="root ::= (")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_without_a_way_on_is_an_error_and_no_crash(
+    vlm: VLM, picture: Image.Image, temperature: float
+) -> None:
+    dead_end = 'root ::= "a" [\\U00D80000]'
+    with pytest.raises(edgevlm.OutputError, match="admits no token"):
+        vlm.ask(picture, QUESTION, grammar=dead_end, temperature=temperature)
+    assert vlm.ask(picture, QUESTION, max_tokens=2).generated_tokens == 2
 
 
 def test_chat_reads_only_what_is_new(vlm: VLM, picture: Image.Image) -> None:
@@ -151,9 +157,7 @@ def test_chat_reads_only_what_is_new(vlm: VLM, picture: Image.Image) -> None:
     assert 16 not in read
 
 
-def test_chat_answers_as_a_fresh_engine_does(
-    vlm: VLM, bundle: Path, picture: Image.Image
-) -> None:
+def test_chat_answers_as_a_fresh_engine_does(vlm: VLM, bundle: Path, picture: Image.Image) -> None:
     chat = vlm.chat(picture)
     chat.ask("One?", max_tokens=8)
     second = chat.ask("Two?", max_tokens=8)
@@ -296,6 +300,39 @@ def test_threads_take_turns(vlm: VLM, picture: Image.Image) -> None:
     for thread in threads:
         thread.join()
     assert answers == [alone] * 3
+
+
+def test_a_closed_model_refuses_work(bundle: Path, picture: Image.Image) -> None:
+    vlm = edgevlm.load(bundle)
+    unfinished = vlm.stream(picture, QUESTION, max_tokens=5)
+    next(unfinished)
+    vlm.close()
+    vlm.close()
+    with pytest.raises((RuntimeError, edgevlm.EdgeVLMError)):
+        list(unfinished)
+    with pytest.raises(RuntimeError, match="closed"):
+        vlm.ask(picture, QUESTION)
+
+
+def test_close_stops_what_another_thread_runs(bundle: Path, picture: Image.Image) -> None:
+    vlm = edgevlm.load(bundle)
+    caught: list[BaseException] = []
+    started = threading.Event()
+
+    def work() -> None:
+        try:
+            for _ in vlm.stream(picture, QUESTION, grammar="root ::= [a-z]+", max_tokens=400):
+                started.set()
+                time.sleep(0.01)
+        except edgevlm.Cancelled as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    vlm.close()
+    thread.join()
+    assert len(caught) == 1
 
 
 def test_parts_of_two_models_are_refused_with_both_widths(bundle: Path, tmp_path: Path) -> None:

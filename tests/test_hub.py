@@ -65,7 +65,9 @@ def _make_wheel(path: Path, weights: bytes = WEIGHTS) -> bytes:
     info = "tiny_weights-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("tiny_weights/weights.gguf", weights)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0"
+        )
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     return path.read_bytes()

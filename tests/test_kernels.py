@@ -114,7 +114,9 @@ def test_a_flag_set_by_another_thread_stops_a_running_resize(threads: int) -> No
 
 
 def test_the_flag_is_what_llama_cpp_polls() -> None:
-    callback = ctypes.cast(kernels.abort_callback(), ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p))
+    callback = ctypes.cast(
+        kernels.abort_callback(), ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+    )
     flag = kernels.Flag()
     assert callback(flag.address) is False
     flag.set()

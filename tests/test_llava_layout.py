@@ -30,6 +30,7 @@ IMAGE = {
     "n_tokens": 16,
 }
 PROMPT = {
+    "bos": True,
     "system": "A chat. ",
     "user": "USER: {content} ",
     "assistant": "ASSISTANT: {content}</s>",
@@ -163,6 +164,7 @@ def test_numbers_that_make_no_sense_are_refused(key: str, value: object) -> None
         ("image_token", ""),
         ("describe", {"short": "What?"}),
         ("system", None),
+        ("bos", 1),
     ],
 )
 def test_templates_that_lack_their_place_are_refused(key: str, value: object) -> None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import site, sys
 sys.path[:] = [p for p in sys.path if "site-packages" not in p or p in {keep!r}]
-site.addsitedir({site!r})
+sys.path.insert(0, {site!r})
+site.addsitedir({site!r})  # runs what an editable install leaves there
 import edgevlm, edgevlm.kernels, edgevlm_export
 print(edgevlm.__version__, edgevlm.kernels.tier(), edgevlm.__file__)
 """
@@ -41,6 +42,7 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: Path) -> None:
         "edgevlm/py.typed",
         "edgevlm/data/probe.gguf",
         "edgevlm/data/nano/bundle.json",
+        "edgevlm/data/nano/adapter.gguf",
         "edgevlm/data/nano/vision.onnx",
         "edgevlm_export/graph.py",
     } <= names

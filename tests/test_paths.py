@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,18 @@ import pytest
 from edgevlm import paths
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond a kilobyte: what a full disk does, through the real write()."""
+    """No file may grow beyond a kilobyte: what a full disk does, through the real write().
+
+    Only around the call itself: pytest's own log may be a file, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_cache_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,10 +63,10 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, full_disk: None) -> None:
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     paths.write_atomic(target, b"old")
-    with pytest.raises(OSError, match="large"):
+    with full_disk(), pytest.raises(OSError, match="large"):
         paths.write_atomic(target, bytes(5000))
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
@@ -86,10 +92,11 @@ def test_the_cache_makes_its_directories_and_remembers(tmp_path: Path) -> None:
     assert paths.read_cache(tmp_path / "a" / "b") == "größer"
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, full_disk: None) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     paths.write_cache(tmp_path / "file" / "b", "text")  # no directory
-    paths.write_cache(tmp_path / "c", "text" * 1000)
+    with full_disk():
+        paths.write_cache(tmp_path / "c", "text" * 1000)
     assert paths.read_cache(tmp_path / "c") is None
 
 

@@ -40,8 +40,7 @@ def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str) -> None:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "llama_cpp.py").write_text(DYING.format(dies=dies))
-    (package / "llama_grammar.py").write_text("json_schema_to_gbnf = None")
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.syspath_prepend(str(package.parent))
 
 
 def test_a_healthy_library_may_repack(empty_cache: Path) -> None:
@@ -92,6 +91,15 @@ def test_a_damaged_memory_of_the_verdict_is_replaced(
     (empty_cache / "edgevlm/probe/one.json").write_text("{half")
     assert probe.verdict().extra_buffers
     assert "true" in (empty_cache / "edgevlm/probe/one.json").read_text()
+
+
+def test_a_source_tree_in_the_working_directory_is_not_what_is_probed(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "edgevlm").mkdir()
+    (tmp_path / "edgevlm" / "__init__.py").write_text("raise RuntimeError('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    assert probe._try(extra_buffers=True) == ""
 
 
 def test_the_tiny_model_is_what_its_writer_writes(tmp_path: Path) -> None:

@@ -250,6 +250,18 @@ def test_properties_come_in_the_order_of_the_schema(vlm: VLM, picture: Image.Ima
     assert list(json.loads(answer.text)) == ["z", "a", "m"]
 
 
+def test_every_choice_of_optional_properties_can_be_made(vlm: VLM, picture: Image.Image) -> None:
+    encoded, one = vlm.encode(picture), {"const": 1}
+    schema = {"properties": {"a": one, "b": one, "c": one, "d": one}, "required": ["c"]}
+    made = set()
+    for seed in range(60):
+        answer = vlm.ask(
+            *(encoded, QUESTION), schema=schema, max_tokens=60, temperature=5.0, seed=seed
+        )
+        made.add("".join(json.loads(answer.text)))
+    assert made == {"abcd", "abc", "acd", "ac", "bcd", "bc", "cd", "c"}
+
+
 def test_an_unfinished_answer_fails(vlm: VLM, picture: Image.Image) -> None:
     schema = {"type": "string", "minLength": 50}
     with pytest.raises(OutputError, match="max_tokens"):

@@ -92,6 +92,11 @@ def test_the_stop_that_is_complete_first_ends_the_text_however_it_is_cut(
     assert spoken.finish_reason == ("length" if first is None else "stop")
 
 
+def test_a_stop_inside_a_longer_one_ends_the_text_however_it_is_cut() -> None:
+    assert "".join(Spoken(tokens([b"xabcd"]), ["abcd", "bc"])) == "xa"
+    assert "".join(Spoken(tokens([b"xab", b"c", b"d"]), ["abcd", "bc"])) == "xa"
+
+
 def test_the_beginning_of_a_stop_is_held_back_and_no_more() -> None:
     pieces = iter(Spoken(tokens([b"one ", b"<", b"e", b"n", b"x", b" <end"]), ["<end>"]))
     assert next(pieces) == "one "

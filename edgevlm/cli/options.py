@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,13 +69,7 @@ sampling = every(
     option("--seed", type=int, default=0, show_default=True, help="Of the sampler."),
     option("--repeat-penalty", type=float, help="1 is off [default: the model's]."),
     option("--stop", multiple=True, metavar="TEXT", help="End the answer here; may be repeated."),
-    option(
-        "--no-repetition-stop",
-        "repetition_stop",
-        flag_value=False,
-        default=True,
-        help="Let an answer that loops go on.",
-    ),
+    option("--no-repetition-stop", is_flag=True, help="Let an answer that loops go on."),
     option(
         "--schema",
         metavar="FILE|JSON",
@@ -93,6 +88,7 @@ def open_model(arguments: Mapping[str, Any]) -> VLM:
     """Load the model that the command line asks for, with one hint if nobody chose it."""
     from edgevlm import engine, registry
 
+    warnings.filterwarnings("ignore", module="PIL")  # odd metadata; the pixels are checked
     if arguments["verbose"]:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     chosen = arguments["model"] or registry.default()
@@ -112,9 +108,12 @@ def open_model(arguments: Mapping[str, Any]) -> VLM:
 
 def sampling_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `Options` that the command line sets."""
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repeat_penalty")
-    chosen = {name: arguments[name] for name in (*names, "repetition_stop", "stop")}
-    return {**chosen, "schema": _read_schema(arguments["schema"])}
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repeat_penalty", "stop")
+    return {
+        **{name: arguments[name] for name in names},
+        "repetition_stop": not arguments["no_repetition_stop"],
+        "schema": _read_schema(arguments["schema"]),
+    }
 
 
 def _read_schema(given: str | None) -> Any:

@@ -1,0 +1,1 @@
+"""nano, the built-in model: its whole recipe, from PyPI wheels to the files that are shipped."""
