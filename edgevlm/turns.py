@@ -17,6 +17,7 @@ from edgevlm.prompt import Message, Segment, Text
 CONTENT = "{content}"
 NUMBER = "{n}"  # in the words around a picture: which picture of the conversation, from 1
 _SHAPE = {
+    "bos": bool,
     "system": str,  # opens a conversation that has no system message
     "user": str,
     "assistant": str,

@@ -19,6 +19,7 @@ from PIL import Image
 from edgevlm.cli import export as cli_export
 from edgevlm.cli import run
 
+PYPROJECT = str(Path(__file__).parents[1] / "pyproject.toml")
 Captured = pytest.CaptureFixture[str]
 
 
@@ -52,11 +53,11 @@ def test_the_choices_are_the_exporters() -> None:
     ("arguments", "code", "words"),
     [
         (["--llm", "q3"], 2, "'q3' is not one of"),
-        (["--llm", "f16", "--imatrix", "pyproject.toml"], 2, "is for a quantized --llm"),
+        (["--llm", "f16", "--imatrix", PYPROJECT], 2, "is for a quantized --llm"),
         (["--family", "strange"], 5, "family 'strange' is unknown; known: "),
         (["--prompt", "strange"], 5, "prompt 'strange' is unknown; known: "),
-        (["--tokenizer", "pyproject.toml"], 5, "pyproject.toml is not valid JSON"),
-        (["--photos", "pyproject.toml", "--llm", "f16"], 4, "pyproject.toml"),
+        (["--tokenizer", PYPROJECT], 5, "pyproject.toml is not valid JSON"),
+        (["--photos", PYPROJECT, "--llm", "f16"], 4, "pyproject.toml"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(
