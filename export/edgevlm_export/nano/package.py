@@ -30,10 +30,11 @@ CARD = {
         "say 'probably', 'perhaps' or 'hard to tell' when it is not sure",
         "notice clearly visible faces (none, one, two, several)",
         "estimate the main colors, the background color and the brightness",
-        "answer 'what is this?' and questions about colors",
+        "answer 'what is it?', 'is there a …?', 'what color is it?', 'are there people?' and "
+        "follow-up questions",
     ],
     "cannot": [
-        "answer 'is there a …?' reliably: it says no too often",
+        "see things beside the main subject: 'is there a …?' is answered from that alone",
         "read text, count things, locate things or describe actions: it says so when asked",
         "name what is not among its classes (most flowers, many foods, documents, scenes): "
         "it may give a wrong name, sometimes a confident one",
