@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -116,3 +117,11 @@ class Piece:
 
     text: str
     answer: Answer | None = None
+
+
+def fold(pieces: Iterator[Piece]) -> Answer:
+    """The whole answer of a stream."""
+    for piece in pieces:
+        if piece.answer is not None:
+            return piece.answer
+    raise AssertionError("a stream ends with its answer")

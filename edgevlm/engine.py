@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgevlm import device, families, image, preprocess, reasoning, region, registry, text, vision
-from edgevlm.answer import Answer, Box, EncodedImage, Piece, Point
+from edgevlm.answer import Answer, Box, EncodedImage, Piece, Point, fold
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cancel import Cancel
+from edgevlm.chat import Chat
 from edgevlm.errors import BundleError, PromptError
 from edgevlm.language import Language
 from edgevlm.layout import Layout
@@ -27,9 +28,6 @@ from edgevlm.options import Options
 from edgevlm.prompt import Message, Place, Segment
 from edgevlm.schema import check_answer
 from edgevlm.sessions import Session
-
-if TYPE_CHECKING:
-    from edgevlm.chat import Chat
 
 Picture = image.Source | EncodedImage
 Pictures = Picture | Sequence[Picture]
@@ -192,9 +190,7 @@ class VLM:
 
     def chat(self, pictures: Pictures) -> Chat:
         """A conversation about pictures, which are encoded once."""
-        from edgevlm.chat import Chat
-
-        return Chat(self, [self.encode(picture) for picture in _as_list(pictures)])
+        return Chat(self.run, [self.encode(picture) for picture in _as_list(pictures)])
 
     def encode(self, picture: Picture) -> EncodedImage:
         """Run the vision model alone; the result is accepted wherever a picture is."""
@@ -344,14 +340,6 @@ class VLM:
 class _Photo:
     image: image.Photo
     layout: Layout
-
-
-def fold(pieces: Iterator[Piece]) -> Answer:
-    """The whole answer of a stream."""
-    for piece in pieces:
-        if piece.answer is not None:
-            return piece.answer
-    raise AssertionError("a stream ends with its answer")
 
 
 def _digest(*parts: bytes | memoryview) -> str:
