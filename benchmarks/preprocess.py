@@ -142,12 +142,6 @@ def scaled_decode(photo: Photo, layout: Layout, encode: Encode | None) -> dict[s
     return found
 
 
-def embeddings(
-    session: Session, cancel: Cancel, array: NDArray[np.uint8], layout: Layout
-) -> NDArray[np.float32]:
-    return vision.encode(session, array, layout, cancel)
-
-
 def differences(photos: dict[str, bytes], directory: Path | None) -> dict[str, dict[str, Any]]:
     """For CLIP's layout, or for that of a model, then with embeddings."""
     layout_of = clip_layout
@@ -156,8 +150,9 @@ def differences(photos: dict[str, bytes], directory: Path | None) -> dict[str, d
     if directory is not None:
         bundle = bundles.open_bundle(directory)
         session = Session(bundle.file("vision.onnx"), device.thread_budget())
-        layout_of = families.find(bundle).layout
-        encode = functools.partial(embeddings, session, cancel)
+        family = families.find(bundle)
+        layout_of = family.layout
+        encode = functools.partial(vision.encode, session, family=family, cancel=cancel)
     found = {}
     for name, jpeg in photos.items():
         photo = open_image(jpeg)

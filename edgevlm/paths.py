@@ -7,7 +7,7 @@ under a final name.
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
@@ -44,10 +44,9 @@ def write_cache(path: Path, text: str) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path`: whole, or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # as open() does, with the modes that umask allows
             file.write(data)
         temporary.replace(path)
     except BaseException:

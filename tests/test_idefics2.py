@@ -49,6 +49,7 @@ def family(**image: Any) -> Family:
         "glue": " ",
         "image_token": "<image>",
         "image": "<image>",
+        "bos": False,
         "system": "",
         "user": "User: {content}\n",
         "assistant": "Assistant: {content}\n",

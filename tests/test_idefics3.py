@@ -47,6 +47,7 @@ def family(**image: Any) -> Family:
         "whole": "<w>",
         "image_token": "<image>",
         "image": "<image>",
+        "bos": False,
         "system": "",
         "user": "User: {content}\n",
         "assistant": "Assistant: {content}\n",

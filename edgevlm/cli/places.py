@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ def _draw(
 ) -> None:
     from PIL import Image, ImageDraw
 
-    from edgevlm import image
+    from edgevlm import image, paths
 
     pixels = image.open_image(source, max_pixels=max_pixels).pixels(None)
     picture = Image.fromarray(pixels)
@@ -79,7 +80,9 @@ def _draw(
             pen.rectangle(corners, outline=_COLOUR, width=line_px)
         else:
             pen.circle(corners, 3 * line_px, fill=_COLOUR, outline="white", width=line_px)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
     try:
-        picture.save(out, "PNG")
+        paths.write_atomic(out, png.getvalue())
     except OSError as error:
         raise click.FileError(str(out), hint=str(error)) from error
