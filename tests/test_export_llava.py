@@ -373,3 +373,9 @@ def test_the_licence_comes_from_the_model_card(tmp_path: Path) -> None:
     (tmp_path / "in" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     bundle = export(tmp_path / "in", tmp_path / "out")
     assert json.loads((bundle / "bundle.json").read_text())["licence"] == "apache-2.0"
+
+
+def test_a_very_long_context_is_cut_to_what_pictures_need(tmp_path: Path) -> None:
+    tiny.llava(tmp_path / "in", language={"max_position_embeddings": 131072})
+    bundle = export(tmp_path / "in", tmp_path / "out", language="f32")
+    assert json.loads((bundle / "bundle.json").read_text())["n_ctx"] == 8192

@@ -94,7 +94,7 @@ def export(
             "licence": _licence(source),
             **parts.manifest,
             "n_embd": parts.language.n_embd,
-            "n_ctx": parts.language.n_ctx,
+            "n_ctx": bundle.context(parts.language.n_ctx),
             "quantization": {"vision": vision, "language": language},
             "options": {k: v for k, v in vars(options).items() if v is not None},
         }

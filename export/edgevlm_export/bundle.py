@@ -19,6 +19,14 @@ from edgevlm.bundle import FORMAT, MANIFEST, file_sha256
 from edgevlm.errors import BundleError
 
 EXPORTER = "0.1.0"
+# Positions of the cache that the runtime makes at load; a language model's own 131,072 would take
+# gigabytes that pictures and questions never fill.
+_LONGEST_CONTEXT = 8192
+
+
+def context(n_ctx: int) -> int:
+    """The context that a bundle asks for, of a language model that could take `n_ctx`."""
+    return min(n_ctx, _LONGEST_CONTEXT)
 
 
 @contextmanager

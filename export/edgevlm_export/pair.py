@@ -20,7 +20,7 @@ from gguf import GGUFReader, LlamaFileType, ReaderTensor, TokenType, dequantize
 
 from edgevlm.errors import BundleError
 
-from . import processor, prompts
+from . import bundle, processor, prompts
 from .checkpoint import Checkpoint
 from .families import llava
 from .graph import Graph
@@ -188,7 +188,7 @@ def plan(pair: Pair, prompt: str | None, fit: str | None) -> tuple[Graph, dict[s
         "prompt": prompts.section(template, marked, marker),
         "generation": {"stop_token_ids": stops, "max_tokens": 256, "repeat_penalty": 1.0},
         "n_embd": pair.n_embd,
-        "n_ctx": pair.n_ctx,
+        "n_ctx": bundle.context(pair.n_ctx),
         "card": {
             "summary": "LLaVA, from llama.cpp's files: one square view of each picture",
             "can": ["describe", "ask", "chat"],
