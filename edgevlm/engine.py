@@ -21,7 +21,7 @@ from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cancel import Cancel
 from edgevlm.chat import Chat
 from edgevlm.errors import BundleError, PromptError
-from edgevlm.language import Language
+from edgevlm.language import Language, Prompt
 from edgevlm.layout import Layout
 from edgevlm.meter import Meter
 from edgevlm.options import Options
@@ -222,10 +222,8 @@ class VLM:
             prompt = self._language.tokenize(segments)
             with self._language.sampler(options) as sampler:
                 images = [self._encode(photo, meter) for photo in photos]
-                if self._share:
-                    self._language.set_threads(device.free_threads(self._threads))
                 with meter.stage("prefill"):
-                    self._language.feed(prompt, images)
+                    self._feed(prompt, images)
                 thoughts = reasoning.think(self._language, think, options) if think else None
                 tokens = self._language.tokens(sampler, options.max_tokens)
                 spoken = text.Spoken(tokens, options.stop, options.repetition_stop)
@@ -262,9 +260,7 @@ class VLM:
             photo = self._open(picture)
             prompt = self._language.tokenize(segments)
             encoded = self._encode(photo, Meter())
-            if self._share:
-                self._language.set_threads(device.free_threads(self._threads))
-            self._language.feed(prompt, [encoded])
+            self._feed(prompt, [encoded])
             ends: list[int] = self.bundle.manifest["generation"]["stop_token_ids"]
             places = region.find(self._language, ends, sized=sized, most=most, at_least=at_least)
         return places, encoded.input_px
@@ -301,6 +297,11 @@ class VLM:
             key=model_sha256 + _digest(patches.data, repr(layout).encode()),
             model_sha256=model_sha256,
         )
+
+    def _feed(self, prompt: Prompt, images: Sequence[EncodedImage]) -> None:
+        if self._share:
+            self._language.set_threads(device.free_threads(self._threads))
+        self._language.feed(prompt, images)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

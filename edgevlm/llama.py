@@ -289,6 +289,7 @@ class Sampler:
         _complaints.clear()
         self.handle = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         self._candidates = np.zeros(model.n_vocab, _CANDIDATE)
+        self._ids = np.arange(model.n_vocab, dtype=np.int32)
         self._banned = model.textless if grammar is not None else np.empty(0, np.int64)
         if grammar is not None:
             constraint = lib.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
@@ -334,7 +335,7 @@ class Sampler:
                 one, and abort the process when the grammar meets it.)
         """
         candidates = self._candidates
-        candidates["id"] = np.arange(len(candidates))
+        candidates["id"] = self._ids  # again: samplers reorder them
         candidates["logit"] = context.logits()
         candidates["logit"][self._banned] = -np.inf
         data = candidates.ctypes.data_as(lib.llama_token_data_p)

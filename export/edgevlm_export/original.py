@@ -12,6 +12,7 @@ from typing import Any
 
 from edgevlm.errors import BundleError
 
+from . import tower
 from .checkpoint import Checkpoint, Config, Kinds, section
 
 MARK = "<image>"  # where a picture belongs; words before and after it are tokenized apart
@@ -26,15 +27,7 @@ _KINDS: Kinds = {
     "vision_config": dict,
 }
 _TOWERS: dict[str, Config] = {
-    "clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    },
+    "clip-vit-large-patch14-336": tower.CLIP_L_336,
     "siglip-so400m-patch14-384": {
         "model_type": "siglip_vision_model",
         "hidden_size": 1152,

@@ -20,6 +20,16 @@ from .checkpoint import Checkpoint, Config, whole_number
 from .graph import Array, Graph
 
 _INT64_MAX = 2**63 - 1
+# openai/clip-vit-large-patch14-336, which LLaVA's configs may leave out.
+CLIP_L_336: Config = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 
 
 @dataclass(frozen=True)

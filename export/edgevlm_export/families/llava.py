@@ -50,15 +50,6 @@ KINDS: Kinds = {
     "image_token_id": int,
     "projector_hidden_act": str,
 }
-_CLIP_L_336: dict[str, Any] = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -129,7 +120,7 @@ def image_token_id(root: Config) -> int:
 def tower_shape(checkpoint: Checkpoint) -> tower.Tower:
     where = checkpoint.directory / "config.json"
     kinds: Kinds = {"model_type": str, "hidden_act": str, "layer_norm_eps": NUMBER}
-    config = section(checkpoint.config.get("vision_config") or _CLIP_L_336, kinds, where)
+    config = section(checkpoint.config.get("vision_config") or tower.CLIP_L_336, kinds, where)
     kind = config.get("model_type", "unnamed")
     if kind not in _DEFAULTS:
         raise BundleError(
