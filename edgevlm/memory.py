@@ -12,6 +12,6 @@ def needed_bytes(bundle: Bundle) -> int:
     """An upper estimate of the peak: both libraries hold the weights twice at worst.
 
     llama.cpp beside the mapped file in the layout that suits this CPU, ONNX Runtime while it
-    optimizes the graph. nano: 368 MB by this, 327-355 MB measured (`edgevlm describe --timings`).
+    optimizes the graph. nano: 372 MB by this, 339 MB measured (`edgevlm describe --timings`).
     """
     return 2 * bundle.n_bytes + _RUNTIME_BYTES
