@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         UnknownFamily,
     )
     from edgevlm.options import Options
+    from edgevlm.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "Point",
     "PromptError",
     "Reasoning",
+    "Settings",
     "Timings",
     "UnknownFamily",
     "load",
@@ -73,6 +75,7 @@ _HOMES = {
     "load": "engine",
     "Chat": "chat",
     "Options": "options",
+    "Settings": "settings",
     "Answer": "answer",
     "Box": "answer",
     "EncodedImage": "answer",

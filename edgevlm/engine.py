@@ -28,43 +28,28 @@ from edgevlm.options import Options
 from edgevlm.prompt import Message, Place, Segment
 from edgevlm.schema import check_answer
 from edgevlm.sessions import Session
+from edgevlm.settings import Settings
 
 Picture = image.Source | EncodedImage
 Pictures = Picture | Sequence[Picture]
 
 
-def load(
-    model: str | Path | None = None,
-    *,
-    threads: int | None = None,
-    max_pixels: int = image.DEFAULT_MAX_PIXELS,
-    exact_decode: bool = False,
-    precise: bool = False,
-) -> VLM:
-    """Open a model.
+def load(model: str | Path | None = None, **settings: Any) -> VLM:
+    """Open a model. Keywords are the fields of `Settings`.
 
     Args:
         model: a name that `edgevlm models list` shows, or the directory of a bundle; by default
             $EDGEVLM_MODEL, else the best installed model, else the built-in one.
-        threads: one budget for every stage; by default the physical cores, of which the language
-            model leaves out those that other programs keep busy.
-        max_pixels: larger pictures are refused before they are decoded.
-        exact_decode: decode every JPEG at full size, even if the model sees it much smaller.
-        precise: float32 keys and values, to compare with a reference.
 
     Raises:
         BundleError: no such model, or it is damaged.
         HubError: its files have to be fetched first and could not be.
         BackendError: ONNX Runtime or llama.cpp cannot run it.
+        ValueError: a setting outside its range.
     """
     started = perf_counter()
-    vlm = VLM(
-        open_bundle(registry.resolve(model)),
-        threads=threads,
-        max_pixels=max_pixels,
-        exact_decode=exact_decode,
-        precise=precise,
-    )
+    chosen = Settings(**settings)
+    vlm = VLM(open_bundle(registry.resolve(model)), chosen)
     vlm.load_ms = 1000 * (perf_counter() - started)
     return vlm
 
@@ -77,21 +62,11 @@ class VLM:
     `Options` as keywords. One call runs at a time; other threads wait.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None,
-        max_pixels: int,
-        exact_decode: bool,
-        precise: bool,
-    ) -> None:
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.bundle = bundle
         self.load_ms = 0.0
-        self._threads = device.thread_budget(threads)
-        self._share = threads is None  # leave busy cores to the programs that use them
-        self._max_pixels = max_pixels
-        self._exact_decode = exact_decode
+        self._settings = settings
+        self._threads = device.thread_budget(settings.threads)
         self._family = families.find(bundle)
         self._cancel = Cancel()
         self._session = Session(bundle.file("vision.onnx"), self._threads)
@@ -102,7 +77,7 @@ class VLM:
                 "(bundle.json): export both again"
             )
         self._language = Language(
-            bundle, threads=self._threads, cancel=self._cancel, precise=precise
+            bundle, threads=self._threads, cancel=self._cancel, precise=settings.precise
         )
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that holds the lock
@@ -271,14 +246,14 @@ class VLM:
             if picture.model_sha256 != self.bundle.sha256("vision.onnx"):
                 raise PromptError("the picture was encoded by another model: encode it again")
             return picture
-        photo = image.open_image(picture, max_pixels=self._max_pixels)
+        photo = image.open_image(picture, max_pixels=self._settings.max_pixels)
         return _Photo(photo, self._family.layout(photo.height_px, photo.width_px))
 
     def _encode(self, photo: _Photo | EncodedImage, meter: Meter) -> EncodedImage:
         if isinstance(photo, EncodedImage):
             return photo
         layout, cancel = photo.layout, self._cancel
-        at_least = None if self._exact_decode else layout.at_least_px
+        at_least = None if self._settings.exact_decode else layout.at_least_px
         with meter.stage("decode"):
             pixels = cancel.call(photo.image.pixels, at_least)
         with meter.stage("preprocess"):
@@ -299,7 +274,7 @@ class VLM:
         )
 
     def _feed(self, prompt: Prompt, images: Sequence[EncodedImage]) -> None:
-        if self._share:
+        if self._settings.threads is None:  # leave busy cores to the programs that use them
             self._language.set_threads(device.free_threads(self._threads))
         self._language.feed(prompt, images)
 

@@ -24,14 +24,11 @@ from PIL import Image
 
 from edgevlm import flatten, image_file, sniff
 from edgevlm.errors import ImageError
+from edgevlm.settings import DEFAULT_MAX_PIXELS
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]
 Size: TypeAlias = tuple[int, int]  # (height, width), upright
-
-# Lets a phone's 50 and a stitched panorama's 60 megapixels pass. At the limit a decode holds about
-# 0.7 GB (Pillow's 4 bytes a pixel and the array's 3): the most a small machine can lend a picture.
-DEFAULT_MAX_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)

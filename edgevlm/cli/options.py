@@ -6,10 +6,13 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from edgevlm.settings import DEFAULT_MAX_PIXELS, Settings
 
 if TYPE_CHECKING:
     from edgevlm.engine import VLM
@@ -39,7 +42,7 @@ model = every(
     option(
         "--max-pixels",
         type=click.IntRange(1),
-        default=100_000_000,
+        default=DEFAULT_MAX_PIXELS,
         show_default=True,
         help="Refuse larger pictures before decoding them.",
     ),
@@ -98,12 +101,8 @@ def open_model(arguments: Mapping[str, Any]) -> VLM:
             "(see `edgevlm info nano` for what it can do)",
             err=True,
         )
-    return engine.load(
-        chosen,
-        threads=arguments["threads"],
-        max_pixels=arguments["max_pixels"],
-        exact_decode=arguments["exact_decode"],
-    )
+    names = {field.name for field in fields(Settings)}
+    return engine.load(chosen, **{k: v for k, v in arguments.items() if k in names})
 
 
 def sampling_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

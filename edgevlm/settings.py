@@ -1,0 +1,34 @@
+"""How a model is opened and run; the keywords of `edgevlm.load`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Lets a phone's 50 and a stitched panorama's 60 megapixels pass. At the limit a decode holds about
+# 0.7 GB (Pillow's 4 bytes a pixel and the array's 3): the most a small machine can lend a picture.
+DEFAULT_MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for an engine as long as it is open; `Options` holds for one call.
+
+    Attributes:
+        threads: one budget for every stage; None takes the physical cores, of which the language
+            model leaves out those that other programs keep busy.
+        max_pixels: larger pictures are refused before they are decoded.
+        exact_decode: decode every JPEG at full size, even if the model sees it much smaller.
+        precise: float32 keys and values, to compare with a reference.
+    """
+
+    threads: int | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    exact_decode: bool = False
+    precise: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values outside their range."""
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be 1 or more")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels is {self.max_pixels}; it must be 1 or more")
