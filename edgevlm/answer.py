@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgevlm.errors import EdgeVLMError
     from edgevlm.layout import Layout
 
 FinishReason = Literal["stop", "length", "repetition"]
@@ -38,7 +39,7 @@ class EncodedImage:
     embeddings: NDArray[np.float32]  # [n_tokens, n_embd]
     layout: Layout
     input_px: tuple[int, int]  # height, width of the upright picture
-    key: str  # digest of the model and of the patches it saw
+    key: str  # SHA-256 of the embeddings
     model_sha256: str  # of the vision file that made it
 
 
@@ -96,6 +97,7 @@ class Answer:
         image_tokens: positions taken by pictures.
         input_px, model_px: (height, width) of each picture as it came, and as the model saw it.
         peak_rss_bytes: largest resident memory of this process so far.
+        cache: "hit" if no picture had to be encoded for this answer, else "miss".
         reasoning: the thoughts, if they were asked for.
     """
 
@@ -108,7 +110,18 @@ class Answer:
     model_px: tuple[tuple[int, int], ...]
     timings: Timings
     peak_rss_bytes: int
+    cache: Literal["hit", "miss"]
     reasoning: Reasoning | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one of many pictures: an answer, or the error that stood in its way."""
+
+    index: int  # the picture's place among those that were given, from 0
+    picture: Any  # as it was given
+    answer: Answer | None = None
+    error: EdgeVLMError | None = None
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,19 @@ def free_threads(budget: int) -> int:
         running = re.search(r"^procs_running (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
     except OSError:
         return budget
-    others = int(running[1]) - 1 if running else 0
+    others = int(running[1]) - _own_running() if running else 0
     return max(1, min(budget, (os.cpu_count() or 1) - others))
+
+
+def _own_running() -> int:
+    """Threads of this process that compute now: the caller, and one that decodes a photo."""
+    running = 0
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        try:
+            running += stat.read_text().rpartition(")")[2].split()[0] == "R"  # proc(5)
+        except OSError:
+            continue  # it has just ended
+    return max(1, running)
 
 
 def usable_cpus() -> set[int]:

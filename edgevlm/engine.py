@@ -6,31 +6,29 @@ or pass on what it yields.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edgevlm import device, families, image, preprocess, reasoning, region, registry, text, vision
-from edgevlm.answer import Answer, Box, EncodedImage, Piece, Point, fold
+from edgevlm import device, families, many, reasoning, region, registry, text
+from edgevlm.answer import Answer, Box, EncodedImage, Outcome, Piece, Point, fold
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cancel import Cancel
 from edgevlm.chat import Chat
-from edgevlm.errors import BundleError, PromptError
-from edgevlm.language import Language, Prompt
-from edgevlm.layout import Layout
+from edgevlm.encoder import Encoder, Opened, Picture
+from edgevlm.errors import PromptError
+from edgevlm.language import Language, Prompt, Slots
 from edgevlm.meter import Meter
 from edgevlm.options import Options
-from edgevlm.prompt import Message, Place, Segment
+from edgevlm.prompt import Message, Place, Segment, Thinking
 from edgevlm.schema import check_answer
-from edgevlm.sessions import Session
 from edgevlm.settings import Settings
 
-Picture = image.Source | EncodedImage
 Pictures = Picture | Sequence[Picture]
 
 
@@ -69,13 +67,9 @@ class VLM:
         self._threads = device.thread_budget(settings.threads)
         self._family = families.find(bundle)
         self._cancel = Cancel()
-        self._session = Session(bundle.file("vision.onnx"), self._threads)
-        width, expected = self._session.output_width, bundle.manifest["n_embd"]
-        if width != expected:
-            raise BundleError(
-                f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
-                "(bundle.json): export both again"
-            )
+        self._encoder = Encoder(
+            bundle, self._family, settings, threads=self._threads, cancel=self._cancel
+        )
         self._language = Language(
             bundle, threads=self._threads, cancel=self._cancel, precise=settings.precise
         )
@@ -133,6 +127,46 @@ class VLM:
         )
         return self.run([message], many, Options(**options))
 
+    def describe_many(
+        self,
+        pictures: Iterable[Picture],
+        length: str = "normal",
+        *,
+        parallel: int = many.PARALLEL,
+        ordered: bool = True,
+        **options: Any,
+    ) -> Iterator[Outcome]:
+        """Describe any number of pictures, `parallel` at a time; far faster than one by one.
+
+        Pictures are taken as they are needed, and memory does not grow with their number. A
+        picture that cannot be read, or an answer that cannot be finished, is an `Outcome` with
+        its error, and the others go on. Outcomes come in the order of the pictures, or
+        (`ordered=False`) as they are made.
+
+        Raises:
+            PromptError: options outside their range; before any work.
+            Cancelled, BackendError: for all pictures that have no outcome yet.
+        """
+        message = Message("user", self._family.describe(length), (0,), length)
+        return self._run_many(
+            message, pictures, Options(**options), parallel=parallel, ordered=ordered
+        )
+
+    def ask_many(
+        self,
+        pictures: Iterable[Picture],
+        question: str,
+        *,
+        parallel: int = many.PARALLEL,
+        ordered: bool = True,
+        **options: Any,
+    ) -> Iterator[Outcome]:
+        """The same question about each of any number of pictures, as `describe_many` does."""
+        message = Message("user", question, (0,))
+        return self._run_many(
+            message, pictures, Options(**options), parallel=parallel, ordered=ordered
+        )
+
     def detect(self, picture: Picture, thing: str, *, max_objects: int = 50) -> list[Box]:
         """Boxes around every `thing` in the picture.
 
@@ -170,7 +204,7 @@ class VLM:
     def encode(self, picture: Picture) -> EncodedImage:
         """Run the vision model alone; the result is accepted wherever a picture is."""
         with self._exclusive():
-            return self._encode(self._open(picture), Meter())
+            return self._encoder.encode(self._encoder.open(picture), Meter())
 
     def question_for(self, length: str) -> str:
         """The question that `describe` asks this model."""
@@ -190,21 +224,73 @@ class VLM:
         meter = Meter()
         _check(messages)
         with self._exclusive():
-            photos = [self._open(picture) for picture in pictures]
-            layouts = [photo.layout for photo in photos]
-            think = self._family.thinking(messages, layouts) if options.reasoning else None
-            segments = think.segments if think else self._family.prompt(messages, layouts)
-            prompt = self._language.tokenize(segments)
-            with self._language.sampler(options) as sampler:
-                images = [self._encode(photo, meter) for photo in photos]
-                with meter.stage("prefill"):
-                    self._feed(prompt, images)
-                thoughts = reasoning.think(self._language, think, options) if think else None
-                tokens = self._language.tokens(sampler, options.max_tokens)
-                spoken = text.Spoken(tokens, options.stop, options.repetition_stop)
-                for said in spoken:
+            asked = self._read(messages, pictures, options, meter)
+            for piece in self._answer(asked, self._language):
+                if piece.text or piece.answer is not None:
+                    yield piece
+
+    def _run_many(
+        self,
+        message: Message,
+        pictures: Iterable[Picture],
+        options: Options,
+        *,
+        parallel: int,
+        ordered: bool,
+    ) -> Iterator[Outcome]:
+        """The same path for each picture, several of them at a time."""
+        _check([message])
+        if parallel < 1:
+            raise ValueError(f"parallel is {parallel}; it must be 1 or more")
+        if options.reasoning:
+            raise PromptError("the model reasons about one picture at a time: ask about each")
+
+        def prepare(picture: Picture) -> _Asked:
+            asked = self._read([message], [picture], options, Meter())
+            seen = [self._encoder.see(photo, asked.meter, threads=1) for photo in asked.photos]
+            return replace(asked, photos=seen)
+
+        with self._exclusive():
+            self._language.sampler(options).close()  # before any work: the schema may be no good
+            if isinstance(pictures, Sized):
+                parallel = max(1, min(parallel, len(pictures)))
+            outcomes = many.outcomes(
+                pictures,
+                prepare,
+                self._answer,
+                lambda asked: self._language.needed(asked.prompt, options.max_tokens),
+                partial(Slots, self._language, parallel),
+            )
+            yield from many.in_order(outcomes) if ordered else outcomes
+
+    def _read(
+        self,
+        messages: Sequence[Message],
+        pictures: Sequence[Picture],
+        options: Options,
+        meter: Meter,
+    ) -> _Asked:
+        """Headers of pictures and words of the prompt; nothing is decoded yet."""
+        photos = [self._encoder.open(picture) for picture in pictures]
+        layouts = [photo.layout for photo in photos]
+        think = self._family.thinking(messages, layouts) if options.reasoning else None
+        segments = think.segments if think else self._family.prompt(messages, layouts)
+        return _Asked(self._language.tokenize(segments), photos, think, options, meter)
+
+    def _answer(self, asked: _Asked, language: Language) -> Generator[Piece, None, None]:
+        """A piece for each token, often without text, and at last the answer."""
+        prompt, think, options, meter = asked.prompt, asked.think, asked.options, asked.meter
+        with language.sampler(options) as sampler:
+            images = [self._encoder.encode(photo, meter) for photo in asked.photos]
+            with meter.stage("prefill"):
+                self._feed(language, prompt, images)
+            thoughts = reasoning.think(language, think, options) if think else None
+            tokens = language.tokens(sampler, options.max_tokens)
+            spoken = text.Spoken(tokens, options.stop, options.repetition_stop)
+            for said in spoken.token_by_token():
+                if said:
                     meter.first_token()
-                    yield Piece(said)
+                yield Piece(said)
         if options.schema is not None:
             check_answer(spoken.text, spoken.finish_reason, options.schema)
         answer = Answer(
@@ -217,6 +303,7 @@ class VLM:
             model_px=tuple(encoded.layout.model_px for encoded in images),
             timings=meter.timings(self.load_ms),
             peak_rss_bytes=device.peak_rss_bytes(),
+            cache="miss" if meter.ran("encode") else "hit",
             reasoning=thoughts,
         )
         yield Piece("", answer)
@@ -232,51 +319,18 @@ class VLM:
     ) -> tuple[list[Place], tuple[int, int]]:
         """What the model finds, and the picture's height and width in pixels."""
         with self._exclusive():
-            photo = self._open(picture)
+            photo = self._encoder.open(picture)
             prompt = self._language.tokenize(segments)
-            encoded = self._encode(photo, Meter())
-            self._feed(prompt, [encoded])
+            encoded = self._encoder.encode(photo, Meter())
+            self._feed(self._language, prompt, [encoded])
             ends: list[int] = self.bundle.manifest["generation"]["stop_token_ids"]
             places = region.find(self._language, ends, sized=sized, most=most, at_least=at_least)
         return places, encoded.input_px
 
-    def _open(self, picture: Picture) -> _Photo | EncodedImage:
-        """Read the header and lay the tiles out; nothing is decoded yet."""
-        if isinstance(picture, EncodedImage):
-            if picture.model_sha256 != self.bundle.sha256("vision.onnx"):
-                raise PromptError("the picture was encoded by another model: encode it again")
-            return picture
-        photo = image.open_image(picture, max_pixels=self._settings.max_pixels)
-        return _Photo(photo, self._family.layout(photo.height_px, photo.width_px))
-
-    def _encode(self, photo: _Photo | EncodedImage, meter: Meter) -> EncodedImage:
-        if isinstance(photo, EncodedImage):
-            return photo
-        layout, cancel = photo.layout, self._cancel
-        at_least = None if self._settings.exact_decode else layout.at_least_px
-        with meter.stage("decode"):
-            pixels = cancel.call(photo.image.pixels, at_least)
-        with meter.stage("preprocess"):
-            patches = cancel.call(
-                preprocess.patches, pixels, layout, threads=self._threads, flag=cancel.flag
-            )
-        with meter.stage("encode"):
-            embeddings = cancel.call(
-                vision.encode, self._session, patches, layout, self._family, cancel
-            )
-        model_sha256 = self.bundle.sha256("vision.onnx")
-        return EncodedImage(
-            embeddings=embeddings,
-            layout=layout,
-            input_px=(photo.image.height_px, photo.image.width_px),
-            key=model_sha256 + _digest(patches.data, repr(layout).encode()),
-            model_sha256=model_sha256,
-        )
-
-    def _feed(self, prompt: Prompt, images: Sequence[EncodedImage]) -> None:
+    def _feed(self, language: Language, prompt: Prompt, images: Sequence[EncodedImage]) -> None:
         if self._settings.threads is None:  # leave busy cores to the programs that use them
-            self._language.set_threads(device.free_threads(self._threads))
-        self._language.feed(prompt, images)
+            language.set_threads(device.free_threads(self._threads))
+        language.feed(prompt, images)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -313,16 +367,12 @@ class VLM:
 
 
 @dataclass(frozen=True)
-class _Photo:
-    image: image.Photo
-    layout: Layout
-
-
-def _digest(*parts: bytes | memoryview) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+class _Asked:
+    prompt: Prompt
+    photos: Sequence[Opened]
+    think: Thinking | None
+    options: Options
+    meter: Meter
 
 
 def _as_list(pictures: Pictures) -> list[Picture]:

@@ -7,6 +7,7 @@ that sizes are known, and refused, before anything is decoded.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -30,6 +31,8 @@ Pixels: TypeAlias = NDArray[np.uint8]
 Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]
 Size: TypeAlias = tuple[int, int]  # (height, width), upright
 
+_HELD_BYTES = 64 << 20  # a JPEG of 100 megapixels has about 50 MB
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -39,6 +42,7 @@ class Photo:
     height_px: int  # upright, that is after EXIF orientation
     width_px: int
     _decode: Callable[[Size | None], Pixels] = field(repr=False)
+    _digest: Callable[[], str | None] = field(repr=False)
 
     def pixels(self, at_least: Size | None = None) -> Pixels:
         """Decode to uint8 [H, W, 3], C-contiguous, maybe read-only, maybe the caller's own array.
@@ -52,6 +56,13 @@ class Photo:
         if at_least is not None and min(at_least) < 1:
             raise ValueError(f"at_least must be two positive sides (height, width): {at_least}")
         return self._decode(at_least)
+
+    def digest(self) -> str | None:
+        """SHA-256 of a file's bytes, or of pixels; `pixels` then decodes those very bytes.
+
+        None if the file is too long to be held. Raises: ImageError if it cannot be read.
+        """
+        return self._digest()
 
 
 def load(source: Source, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
@@ -76,7 +87,30 @@ def open_image(source: Source, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Photo
     with reopen() as stream:
         image, orientation = image_file.header(stream, name, max_pixels)
         size = flatten.upright_size(image.size, orientation)
-    return Photo(name, *size, partial(image_file.pixels, reopen, name, max_pixels, size))
+    content = _Content(name, reopen)
+    decode = partial(image_file.pixels, content.open, name, max_pixels, size)
+    return Photo(name, *size, decode, content.digest)
+
+
+class _Content:
+    """A file's bytes; once they were hashed, nobody can change what is decoded next."""
+
+    def __init__(self, name: str, reopen: Callable[[], BinaryIO]) -> None:
+        self._name = name
+        self._reopen = reopen
+        self._hashed: bytes | None = None
+
+    def digest(self) -> str | None:
+        with self._reopen() as stream, image_file.decoding(self._name, "a file"):
+            data = _read_up_to(stream, _HELD_BYTES + 1)
+        if len(data) > _HELD_BYTES:
+            return None
+        self._hashed = data
+        return hashlib.sha256(data).hexdigest()
+
+    def open(self) -> BinaryIO:
+        data, self._hashed = self._hashed, None  # held no longer than until it is decoded
+        return self._reopen() if data is None else io.BytesIO(data)
 
 
 def _from_array(array: NDArray[Any], max_pixels: int) -> Photo:
@@ -93,10 +127,11 @@ def _from_array(array: NDArray[Any], max_pixels: int) -> Photo:
     height, width = array.shape[:2]
     image_file.check_pixels((width, height), "<array>", max_pixels)
     if array.shape[2:] == (3,):
-        return Photo("<array>", height, width, lambda _: np.ascontiguousarray(array))
+        return _decoded("<array>", (height, width), lambda: np.ascontiguousarray(array))
     grey_or_rgba = array[:, :, 0] if array.shape[2:] == (1,) else array
     image = Image.fromarray(np.ascontiguousarray(grey_or_rgba))
-    return Photo("<array>", height, width, lambda _: flatten.upright_rgb(image, 1, "<array>"))
+    rgb = partial(flatten.upright_rgb, image, 1, "<array>")
+    return _decoded("<array>", (height, width), rgb)
 
 
 def _from_pillow(image: Image.Image, max_pixels: int) -> Photo:
@@ -107,11 +142,23 @@ def _from_pillow(image: Image.Image, max_pixels: int) -> Photo:
         image.load()
         orientation = flatten.exif_orientation(image)
 
-    def decode(_: Size | None) -> Pixels:
+    def rgb() -> Pixels:
         with image_file.decoding(name, "a Pillow image"):
             return flatten.upright_rgb(image, orientation, name)
 
-    return Photo(name, *flatten.upright_size(image.size, orientation), decode)
+    return _decoded(name, flatten.upright_size(image.size, orientation), rgb)
+
+
+def _decoded(name: str, size: Size, rgb: Callable[[], Pixels]) -> Photo:
+    """A picture that needs no decoding; what `rgb` gives is converted once."""
+    pixels = cache(rgb)
+
+    def digest() -> str:
+        sha256 = hashlib.sha256(repr(size).encode())
+        sha256.update(pixels().data)
+        return sha256.hexdigest()
+
+    return Photo(name, *size, lambda _: pixels(), digest)
 
 
 def _reopener(source: Any, max_pixels: int) -> tuple[str, Callable[[], BinaryIO]]:

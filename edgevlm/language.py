@@ -7,13 +7,15 @@ differs, so the next question about the same picture costs only its own words.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edgevlm import probe
+from edgevlm import device, probe
 from edgevlm.answer import EncodedImage, FinishReason
 from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
@@ -43,6 +45,9 @@ class Prompt:
         return sum(_width(unit) for unit in self.units)
 
 
+_CELLS = 256  # llama.cpp makes the cache of a sequence a multiple of this
+
+
 class Language:
     """The language model of a bundle and its cache."""
 
@@ -51,6 +56,9 @@ class Language:
     ) -> None:
         """Raises BundleError when the language file does not belong to this bundle."""
         self._cancel = cancel
+        self._threads = threads
+        self._precise = precise
+        self._bundle = bundle
         self._model = Model(
             bundle.file("language.gguf"), extra_buffers=probe.verdict().extra_buffers
         )
@@ -60,18 +68,10 @@ class Language:
                 f"language.gguf takes {self._model.n_embd}-wide embeddings; bundle.json says "
                 f"{expected}: export both again"
             )
-        n_ctx: int = bundle.manifest["n_ctx"]
-        self._context = Context(
-            self._model,
-            n_ctx,
-            threads=threads,
-            flag=cancel.flag,
-            precise=precise,
-            n_batch=max(BATCH_TOKENS, bundle.manifest["image"].get("bidirectional_tokens", 0)),
-            taps_hidden=bundle.has("region.npz"),
+        self._context = self._new_context(
+            bundle.manifest["n_ctx"], taps_hidden=bundle.has("region.npz")
         )
-        if bundle.has("adapter.gguf"):
-            self._context.apply_adapter(bundle.file("adapter.gguf"))
+        self._sequence = 0  # of the context: the only one, or this slot's
         self._tokenizer = (
             Tokenizer.from_file(str(bundle.file("tokenizer.json")))
             if bundle.has("tokenizer.json")
@@ -80,9 +80,25 @@ class Language:
         self._image_token: str = bundle.manifest["prompt"]["image_token"]
         self._bos: bool = bundle.manifest["prompt"]["bos"]
         self._defaults = bundle.manifest["generation"]
-        self._bundle = bundle
         self._region: Region | None = None
         self._cached: list[_Key] = []  # what is at the cache's positions
+        self._row = -1  # of the context's logits: the last, or this slot's
+        self.unread: int | None = None  # a token that was said and has to be read next
+
+    def _new_context(self, n_ctx: int, **further: Any) -> Context:
+        bundle = self._bundle
+        context = Context(
+            self._model,
+            n_ctx,
+            threads=self._threads,
+            flag=self._cancel.flag,
+            precise=self._precise,
+            n_batch=max(BATCH_TOKENS, bundle.manifest["image"].get("bidirectional_tokens", 0)),
+            **further,
+        )
+        if bundle.has("adapter.gguf"):
+            context.apply_adapter(bundle.file("adapter.gguf"))
+        return context
 
     def tokenize(self, segments: Sequence[Segment]) -> Prompt:
         """Token ids of the prompt.
@@ -212,14 +228,15 @@ class Language:
             token = self.sample(sampler)
             if self._model.is_end(token) or token in self._defaults["stop_token_ids"]:
                 return "stop"
+            self.unread = token if count < limit else None
             yield token, self._model.piece(token)
-            if count < limit:
+            if self.unread is not None:  # a slot's was read together with those of others
                 self._decode([token], [token])
         return "length"
 
     def sample(self, sampler: Sampler) -> int:
         """The next token; the cache stays as it is."""
-        return self._cancel.call(sampler.sample, self._context)
+        return self._cancel.call(sampler.sample, self._context, self._row)
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; may end inside a character."""
@@ -229,6 +246,10 @@ class Language:
         """`max_tokens`, or as many as the model speaks by default."""
         return max_tokens or int(self._defaults["max_tokens"])
 
+    def needed(self, prompt: Prompt, max_tokens: int | None) -> int:
+        """Positions that suffice for a prompt and its answer."""
+        return min(prompt.n_tokens + self.limit(max_tokens), self._context.n_ctx)
+
     @property
     def room(self) -> int:
         """Positions that the context still has."""
@@ -236,7 +257,7 @@ class Language:
 
     def logits(self) -> NDArray[np.float32]:
         """Of the next token, float32 [n_vocab]."""
-        return self._context.logits()
+        return self._context.logits(self._row)
 
     def hidden(self) -> NDArray[np.float32]:
         """Of the last position, before the final norm: float32 [n_embd]. Where region.npz is."""
@@ -261,22 +282,71 @@ class Language:
         bidirectional: bool = False,
     ) -> None:
         try:
+            position, sequence = len(self._cached), self._sequence
             if bidirectional and isinstance(rows, np.ndarray):
-                self._cancel.call(self._context.decode_bidirectional, rows, len(self._cached))
+                self._cancel.call(self._context.decode_bidirectional, rows, position, sequence)
             else:
-                self._cancel.call(self._context.decode, rows, len(self._cached))
+                self._cancel.call(self._context.decode, rows, position, sequence)
         except BaseException:
             self._forget_from(len(self._cached))
             raise
         self._cached.extend(keys)
+        self._row, self.unread = -1, None
 
     def _forget_from(self, position: int) -> None:
-        self._context.truncate(position)
+        self._context.truncate(position, self._sequence)
         del self._cached[position:]
 
     def close(self) -> None:
         self._context.close()
         self._model.close()
+
+
+class Slots:
+    """Readers of one model that answer at the same time, with `n_ctx` positions each.
+
+    A pass over the weights takes hardly longer for a few tokens than for one, so `read` takes
+    what all of them said. Each keeps what it read: the words before a picture are read once.
+    """
+
+    def __init__(self, language: Language, n: int, n_ctx: int) -> None:
+        """Up to `n` of them, as many as half of the memory that is free now holds.
+
+        Raises:
+            BackendError: it does not even hold one.
+        """
+        self.n_ctx = min(-(-n_ctx // _CELLS) * _CELLS, language._context.n_ctx)
+        each_bytes = language._model.cache_bytes(self.n_ctx, precise=language._precise)
+        n = max(1, min(n, device.available_memory_bytes() // 2 // each_bytes))
+        self._cancel = language._cancel
+        self._context = language._new_context(self.n_ctx, n_sequences=n)
+        self.all = [self._slot(language, sequence) for sequence in range(n)]
+
+    def _slot(self, language: Language, sequence: int) -> Language:
+        slot = copy(language)
+        slot._context, slot._sequence, slot._cached = self._context, sequence, []
+        slot._row, slot.unread = -1, None
+        return slot
+
+    def read(self) -> None:
+        """Read what was said and is unread.
+
+        Raises:
+            Cancelled, BackendError: the slots are of no further use.
+        """
+        said = {slot: slot.unread for slot in self.all if slot.unread is not None}
+        self._cancel.call(
+            self._context.decode_each,
+            [*said.values()],
+            [len(slot._cached) for slot in said],
+            [slot._sequence for slot in said],
+        )
+        for row, (slot, token) in enumerate(said.items()):
+            slot._cached.append(token)
+            slot._row, slot.unread = row, None
+
+    def close(self) -> None:
+        self._context.close()
 
 
 def _keys(unit: _Unit, images: Sequence[EncodedImage]) -> list[_Key]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # libgomp's threads spin for milliseconds at every barrier by default. When another program takes
 # a core, the thread that spins keeps the one it waits for from running: a prefill of 0.4 s was
@@ -78,6 +79,7 @@ class Model:
         self.n_embd: int = lib.llama_model_n_embd(self.handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
         self.bos: int = lib.llama_vocab_bos(self.vocab)
+        self._adapters: dict[Path, Any] = {}
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens recognised, nothing added around it."""
@@ -107,6 +109,27 @@ class Model:
         ]
         return np.array(ids, np.int64)  # 0xF5 and above never begin or continue a character
 
+    def cache_bytes(self, n_positions: int, *, precise: bool) -> int:
+        """Of keys and values."""
+        n_heads: int = lib.llama_model_n_head(self.handle)
+        n_kv_heads: int = lib.llama_model_n_head_kv(self.handle)
+        n_layers: int = lib.llama_model_n_layer(self.handle)
+        width = self.n_embd * n_kv_heads // n_heads
+        return 2 * n_layers * width * n_positions * (4 if precise else 2)
+
+    def adapter(self, path: Path) -> Any:
+        """A LoRA adapter; it is read once and lives as long as the model.
+
+        Raises:
+            BackendError: not an adapter of this model.
+        """
+        if path not in self._adapters:
+            adapter = lib.llama_adapter_lora_init(self.handle, str(path).encode())
+            if not adapter:
+                raise _failure(f"cannot load the adapter {path}")
+            self._adapters[path] = adapter
+        return self._adapters[path]
+
     def is_end(self, token: int) -> bool:
         return bool(lib.llama_vocab_is_eog(self.vocab, token))
 
@@ -117,7 +140,10 @@ class Model:
 
 
 class Context:
-    """The cache of one conversation. Positions count from 0, one for each token or embedding."""
+    """The cache of one conversation, or of several sequences that are decoded together.
+
+    Positions count from 0 in each, one for each token or embedding.
+    """
 
     def __init__(
         self,
@@ -129,8 +155,10 @@ class Context:
         precise: bool = False,
         n_batch: int = BATCH_TOKENS,
         taps_hidden: bool = False,
+        n_sequences: int = 1,
     ) -> None:
-        """`precise` keeps keys and values in float32, to compare with a reference.
+        """Each sequence has `n_ctx` positions of its own. `precise` keeps keys and values in
+        float32, to compare with a reference.
 
         At most `n_batch` rows can attend to each other in both directions; `taps_hidden` makes
         `hidden` available, at the price of a Python call for each node of the graph.
@@ -140,7 +168,9 @@ class Context:
         """
         _complaints.clear()
         params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = n_ctx * n_sequences
+        params.n_seq_max = n_sequences
+        params.kv_unified = False  # else each sequence would attend over the cells of all
         params.n_batch = params.n_ubatch = min(n_ctx, n_batch)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slower to decode on CPUs
@@ -160,18 +190,17 @@ class Context:
         self.n_ctx = n_ctx
 
     def apply_adapter(self, path: Path) -> None:
-        """Use a LoRA adapter in all that follows; it lives as long as the model.
+        """Use a LoRA adapter in all that follows.
 
         Raises:
             BackendError: not an adapter of this model.
         """
-        adapter = lib.llama_adapter_lora_init(self._model.handle, str(path).encode())
-        if not adapter:
-            raise _failure(f"cannot load the adapter {path}")
-        one = (lib.llama_adapter_lora_p_ctypes * 1)(adapter)
+        one = (lib.llama_adapter_lora_p_ctypes * 1)(self._model.adapter(path))
         lib.llama_set_adapters_lora(self.handle, one, 1, (ctypes.c_float * 1)(1.0))
 
-    def decode(self, rows: Sequence[int] | NDArray[np.float32], position: int) -> None:
+    def decode(
+        self, rows: Sequence[int] | NDArray[np.float32], position: int, sequence: int = 0
+    ) -> None:
         """Run token ids, or embeddings float32 [n, n_embd], from `position` on.
 
         The logits of the last row are kept. After an error the cache may hold some of the rows:
@@ -183,23 +212,37 @@ class Context:
         """
         for start in range(0, len(rows), self._n_batch):
             part = rows[start : start + self._n_batch]
-            code = self._decode_batch(part, position + start)
-            if code == 2:
-                raise Cancelled("cancelled")
-            if code != 0:
-                raise _failure(f"failed to decode {len(part)} rows (code {code})")
+            first, end = position + start, position + start + len(part)
+            self._decode_batch(part, range(first, end), [sequence] * len(part))
 
-    def decode_bidirectional(self, rows: NDArray[np.float32], position: int) -> None:
+    def decode_each(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> None:
+        """Run one token of each of several sequences, in one pass over the weights.
+
+        The logits of all rows are kept. Raises as `decode` does.
+        """
+        self._decode_batch(tokens, positions, sequences, logits_of_all=True)
+
+    def decode_bidirectional(
+        self, rows: NDArray[np.float32], position: int, sequence: int = 0
+    ) -> None:
         """Like `decode`, but every row attends to every other: all go in one batch."""
         if len(rows) > self._n_batch:
             raise ValueError(f"{len(rows)} rows; this context takes {self._n_batch} at once")
         lib.llama_set_causal_attn(self.handle, False)
         try:
-            self.decode(rows, position)
+            self.decode(rows, position, sequence)
         finally:
             lib.llama_set_causal_attn(self.handle, True)
 
-    def _decode_batch(self, rows: Sequence[int] | NDArray[np.float32], position: int) -> int:
+    def _decode_batch(
+        self,
+        rows: Sequence[int] | NDArray[np.float32],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        logits_of_all: bool = False,
+    ) -> None:
         n = len(rows)
         embeds = isinstance(rows, np.ndarray)
         batch = lib.llama_batch_init(n, rows.shape[1] if isinstance(rows, np.ndarray) else 0, 1)
@@ -210,25 +253,29 @@ class Context:
             for i in range(n):
                 if not embeds:
                     batch.token[i] = rows[i]
-                batch.pos[i] = position + i
+                batch.pos[i] = positions[i]
                 batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = i == n - 1
-            return int(lib.llama_decode(self.handle, batch))
+                batch.seq_id[i][0] = sequences[i]
+                batch.logits[i] = logits_of_all or i == n - 1
+            code = int(lib.llama_decode(self.handle, batch))
         finally:
             lib.llama_batch_free(batch)
+        if code == 2:
+            raise Cancelled("cancelled")
+        if code != 0:
+            raise _failure(f"failed to decode {n} rows (code {code})")
 
     def set_threads(self, threads: int) -> None:
         lib.llama_set_n_threads(self.handle, threads, threads)
 
-    def truncate(self, n_positions: int) -> None:
+    def truncate(self, n_positions: int, sequence: int = 0) -> None:
         """Forget everything from `n_positions` on; a closed context has nothing to forget."""
         if self.handle:
-            lib.llama_memory_seq_rm(self._memory, 0, n_positions, -1)
+            lib.llama_memory_seq_rm(self._memory, sequence, n_positions, -1)
 
-    def logits(self) -> NDArray[np.float32]:
-        """Of the last row, float32 [n_vocab]; a copy."""
-        pointer = lib.llama_get_logits_ith(self.handle, -1)
+    def logits(self, row: int = -1) -> NDArray[np.float32]:
+        """Of the last row, or of one of `decode_each`: float32 [n_vocab]; a copy."""
+        pointer = lib.llama_get_logits_ith(self.handle, row)
         return np.array(np.ctypeslib.as_array(pointer, (self._model.n_vocab,)), np.float32)
 
     def hidden(self) -> NDArray[np.float32]:
@@ -327,8 +374,8 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def sample(self, context: Context) -> int:
-        """The next token, by the logits of the last row.
+    def sample(self, context: Context, row: int = -1) -> int:
+        """The next token, by the logits of a row.
 
         Raises:
             OutputError: the grammar admits none. (llama.cpp's own call would take a forbidden
@@ -336,7 +383,7 @@ class Sampler:
         """
         candidates = self._candidates
         candidates["id"] = self._ids  # again: samplers reorder them
-        candidates["logit"] = context.logits()
+        candidates["logit"] = context.logits(row)
         candidates["logit"][self._banned] = -np.inf
         data = candidates.ctypes.data_as(lib.llama_token_data_p)
         array = lib.llama_token_data_array(data, len(candidates), -1, False)

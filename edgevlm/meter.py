@@ -27,6 +27,10 @@ class Meter:
             key = f"{name}_ms"
             self._ms[key] = self._ms.get(key, 0.0) + 1000 * (perf_counter() - started)
 
+    def ran(self, name: str) -> bool:
+        """Whether a stage ran."""
+        return f"{name}_ms" in self._ms
+
     def first_token(self) -> None:
         """Call at every token; only the first counts."""
         self._first_token = self._first_token or perf_counter()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # Lets a phone's 50 and a stitched panorama's 60 megapixels pass. At the limit a decode holds about
 # 0.7 GB (Pillow's 4 bytes a pixel and the array's 3): the most a small machine can lend a picture.
 DEFAULT_MAX_PIXELS = 100_000_000
+DEFAULT_CACHE_BYTES = 512 << 20  # 85 photos of 729 × 2048 values, or 6,000 of nano's
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,16 @@ class Settings:
         max_pixels: larger pictures are refused before they are decoded.
         exact_decode: decode every JPEG at full size, even if the model sees it much smaller.
         precise: float32 keys and values, to compare with a reference.
+        cache: keep image embeddings, in memory and on disk; the same photo is not encoded again.
+        cache_bytes: what they may take on disk, those of all processes together.
     """
 
     threads: int | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
     exact_decode: bool = False
     precise: bool = False
+    cache: bool = True
+    cache_bytes: int = DEFAULT_CACHE_BYTES
 
     def __post_init__(self) -> None:
         """Raises ValueError for values outside their range."""
@@ -32,3 +37,5 @@ class Settings:
             raise ValueError(f"threads is {self.threads}; it must be 1 or more")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels is {self.max_pixels}; it must be 1 or more")
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes is {self.cache_bytes}; it must be 0 or more")

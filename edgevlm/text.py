@@ -44,10 +44,13 @@ class Spoken:
         self._repetition_stop = repetition_stop
 
     def __iter__(self) -> Iterator[str]:
+        return (text for text in self.token_by_token() if text)
+
+    def token_by_token(self) -> Iterator[str]:
+        """What each token makes certain, often ""; at last what was held back."""
         for text in self._pieces():
             self.text += text
-            if text:
-                yield text
+            yield text
 
     def _pieces(self) -> Iterator[str]:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(tmp_path_factory.mktemp("working-directory"))
         patch.delenv("EDGEVLM_MODEL", raising=False)
         yield directory
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(home: Path) -> None:
+    """No test finds the embeddings that another one left."""
+    shutil.rmtree(home / "edgevlm" / "embeddings", ignore_errors=True)
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,3 +135,23 @@ def test_without_proc_peak_memory_comes_from_getrusage(machine: Machine) -> None
     machine({})
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert device.peak_rss_bytes() >= peak_kib * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_threads_of_this_process_are_not_another_program() -> None:
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            hashlib.sha256(bytes(1 << 20))  # without the GIL
+
+    before = device._own_running()
+    busy = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in busy:
+        thread.start()
+    try:
+        assert any(device._own_running() > before for _ in range(200))
+    finally:
+        stop.set()
+        for thread in busy:
+            thread.join()

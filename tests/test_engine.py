@@ -18,7 +18,7 @@ from edgevlm_export import export
 from PIL import Image
 
 import edgevlm
-from edgevlm import VLM
+from edgevlm import VLM, preprocess, vision
 
 QUESTION = "What is in the picture?"
 
@@ -147,9 +147,9 @@ def test_chat_reads_only_what_is_new(vlm: VLM, picture: Image.Image) -> None:
     read: list[int] = []
     decode = vlm._language._context.decode
 
-    def counting(rows, position):  # type: ignore[no-untyped-def]
+    def counting(rows, position, sequence):  # type: ignore[no-untyped-def]
         read.append(len(rows))
-        decode(rows, position)
+        decode(rows, position, sequence)
 
     vlm._language._context.decode = counting  # type: ignore[method-assign]
     chat.ask("Two?", max_tokens=1)
@@ -238,8 +238,8 @@ def test_cancel_stops_every_stage(
     }[stage]
     module, _, name = where.rpartition(".")
     owner = {
-        "edgevlm.preprocess": edgevlm.engine.preprocess,
-        "edgevlm.vision": edgevlm.engine.vision,
+        "edgevlm.preprocess": preprocess,
+        "edgevlm.vision": vision,
         "edgevlm.llama.Context": type(vlm._language._context),
     }[module]
     original = getattr(owner, name)

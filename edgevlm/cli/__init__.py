@@ -23,6 +23,7 @@ _VERBS = (
     "export",
     "info",
     "models",
+    "cache",
     "verify",
     "doctor",
 )

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from edgevlm.cli import options
-from edgevlm.cli.output import each_photo, show_answer
+from edgevlm.cli.output import show_answer, show_outcomes
 
 
 @click.command("describe")
@@ -27,9 +27,7 @@ def command(photos: tuple[str, ...], length: str, **arguments: Any) -> int:
     chosen = options.sampling_options(arguments)
     with options.open_model(arguments) as vlm:
         arguments["model_name"] = vlm.bundle.name
-
-        def show(photo: str) -> None:
-            label = f"{photo}: " if len(photos) > 1 else ""
-            show_answer(vlm.stream(photo, length=length, **chosen), arguments, [photo], label)
-
-        return each_photo(photos, show)
+        if len(photos) > 1:
+            return show_outcomes(vlm.describe_many(photos, length, **chosen), arguments)
+        show_answer(vlm.stream(photos[0], length=length, **chosen), arguments, photos)
+        return 0

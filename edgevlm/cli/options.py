@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgevlm.settings import DEFAULT_MAX_PIXELS, Settings
+from edgevlm.settings import DEFAULT_CACHE_BYTES, DEFAULT_MAX_PIXELS, Settings
 
 if TYPE_CHECKING:
     from edgevlm.engine import VLM
@@ -50,6 +50,19 @@ model = every(
         "--exact-decode",
         is_flag=True,
         help="Decode large JPEGs at full size even if the model sees them much smaller.",
+    ),
+    option(
+        "--cache/--no-cache",
+        default=True,
+        show_default=True,
+        help="Keep image embeddings; the same photo is not encoded again.",
+    ),
+    option(
+        "--cache-bytes",
+        type=click.IntRange(0),
+        default=DEFAULT_CACHE_BYTES,
+        show_default=True,
+        help="What they may take on disk.",
     ),
     option("-q", "--quiet", is_flag=True, help="No hints on stderr."),
     option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),

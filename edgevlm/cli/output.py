@@ -12,7 +12,7 @@ import click
 from edgevlm.errors import EdgeVLMError, ImageError
 
 if TYPE_CHECKING:
-    from edgevlm.answer import Answer, Piece
+    from edgevlm.answer import Answer, Outcome, Piece
 
 BATCH_FAILED = 3
 
@@ -34,8 +34,20 @@ def each_photo(
     return BATCH_FAILED if failed else 0
 
 
+def show_outcomes(outcomes: Iterator[Outcome], arguments: Mapping[str, Any]) -> int:
+    """Print what became of each photo, one after the other. The exit code."""
+    failed = 0
+    for outcome in outcomes:
+        if outcome.answer is None:
+            click.echo(f"edgevlm: {outcome.error}", err=True)
+            failed += 1
+        else:
+            _show_whole(outcome.answer, arguments, [outcome.picture], f"{outcome.picture}: ")
+    return BATCH_FAILED if failed else 0
+
+
 def show_answer(
-    pieces: Iterator[Piece], arguments: Mapping[str, Any], photos: Sequence[str], label: str = ""
+    pieces: Iterator[Piece], arguments: Mapping[str, Any], photos: Sequence[str]
 ) -> Answer:
     """Print an answer to stdout while it is made, or whole; its timings to stderr if asked."""
     streaming = not (arguments["as_json"] or arguments["no_stream"] or arguments["schema"])
@@ -43,23 +55,34 @@ def show_answer(
     started = False
     for piece in pieces:
         if streaming and piece.text:
-            text = piece.text if started else label + piece.text.lstrip()
-            click.echo(text, nl=False)
+            click.echo(piece.text if started else piece.text.lstrip(), nl=False)
             started = True
         answer = piece.answer or answer
     if answer is None:
         raise EdgeVLMError("the model gave no answer")
+    if started:
+        click.echo()
+        _show_notes(answer, arguments)
+    else:
+        _show_whole(answer, arguments, photos)
+    return answer
+
+
+def _show_whole(
+    answer: Answer, arguments: Mapping[str, Any], photos: Sequence[str], label: str = ""
+) -> None:
     if arguments["as_json"]:
         click.echo(json.dumps(_as_dict(answer, arguments["model_name"], photos)))
-    elif streaming and started:
-        click.echo()
     else:
         click.echo(label + answer.text)
+    _show_notes(answer, arguments)
+
+
+def _show_notes(answer: Answer, arguments: Mapping[str, Any]) -> None:
     if answer.finish_reason == "repetition" and not arguments["quiet"]:
         click.echo("edgevlm: stopped, the answer had begun to repeat itself", err=True)
     if arguments["timings"]:
         click.echo(_timings_line(answer), err=True)
-    return answer
 
 
 def _as_dict(answer: Answer, model: str, photos: Sequence[str]) -> dict[str, Any]:

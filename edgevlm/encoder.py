@@ -1,0 +1,145 @@
+"""A picture → image embeddings: header, pixels, patches, vision graph, and what is known already.
+
+Each stage is a step of its own, because headers come before any work, pixels of the next photo can
+be had while the model is busy with this one, and a photo seen before needs neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from edgevlm import cache, image, preprocess, sessions, vision
+from edgevlm.answer import EncodedImage
+from edgevlm.bundle import Bundle
+from edgevlm.cancel import Cancel
+from edgevlm.errors import BundleError, PromptError
+from edgevlm.families import Family
+from edgevlm.layout import Layout
+from edgevlm.meter import Meter
+from edgevlm.settings import Settings
+
+Picture = image.Source | EncodedImage
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture whose header was read."""
+
+    image: image.Photo
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A picture as the vision graph takes it."""
+
+    photo: Photo
+    key: str | None  # of its embeddings in the cache
+    data: NDArray[np.uint8]  # see `preprocess.patches`
+
+    @property
+    def layout(self) -> Layout:
+        return self.photo.layout
+
+
+Opened = Photo | Patches | EncodedImage  # a picture somewhere on its way
+
+
+class Encoder:
+    """The vision model of a bundle."""
+
+    def __init__(
+        self, bundle: Bundle, family: Family, settings: Settings, *, threads: int, cancel: Cancel
+    ) -> None:
+        """Raises BundleError when the vision file does not belong to this bundle."""
+        self._settings = settings
+        self._family = family
+        self._threads = threads
+        self._cancel = cancel
+        self._session = sessions.Session(bundle.file("vision.onnx"), threads)
+        width, expected = self._session.output_width, bundle.manifest["n_embd"]
+        if width != expected:
+            raise BundleError(
+                f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
+                "(bundle.json): export both again"
+            )
+        self._model_sha256 = bundle.sha256("vision.onnx")
+        self._cache = cache.Cache(settings.cache_bytes) if settings.cache else None
+        self._made_by = (  # what else than the picture decides what its embeddings are
+            self._model_sha256,
+            f"exact_decode={settings.exact_decode}",
+            f"pillow {PIL.__version__}",
+            f"onnxruntime {sessions.version()}",
+        )
+
+    def open(self, picture: Picture) -> Photo | EncodedImage:
+        """Read the header and lay the tiles out; nothing is decoded yet.
+
+        Raises:
+            ImageError: no acceptable picture.
+            PromptError: it was encoded by another model.
+        """
+        if isinstance(picture, EncodedImage):
+            if picture.model_sha256 != self._model_sha256:
+                raise PromptError("the picture was encoded by another model: encode it again")
+            return picture
+        photo = image.open_image(picture, max_pixels=self._settings.max_pixels)
+        return Photo(photo, self._family.layout(photo.height_px, photo.width_px))
+
+    def see(self, opened: Opened, meter: Meter, threads: int) -> Patches | EncodedImage:
+        """Decode and preprocess, or find the embeddings; runs beside the model on any thread.
+
+        Raises:
+            ImageError: the picture is damaged.
+            Cancelled: between the two, or while preprocessing.
+        """
+        if not isinstance(opened, Photo):
+            return opened
+        key = self._key(opened)
+        if self._cache is not None and key is not None and (known := self._cache.get(key)):
+            return self._encoded(opened, known)
+        at_least = None if self._settings.exact_decode else opened.layout.at_least_px
+        with meter.stage("decode"):
+            pixels = opened.image.pixels(at_least)
+        with meter.stage("preprocess"):
+            flag = self._cancel.flag
+            patches = preprocess.patches(pixels, opened.layout, threads=threads, flag=flag)
+        return Patches(opened, key, patches)
+
+    def encode(self, opened: Opened, meter: Meter) -> EncodedImage:
+        """Go the rest of the way, wherever the picture is.
+
+        Raises:
+            ImageError, Cancelled: as `see` does.
+            BackendError: ONNX Runtime failed.
+        """
+        call = self._cancel.call
+        seen = call(self.see, opened, meter, self._threads)
+        if isinstance(seen, EncodedImage):
+            return seen
+        with meter.stage("encode"):
+            embeddings = call(
+                vision.encode, self._session, seen.data, seen.layout, self._family, self._cancel
+            )
+        made = cache.entry(embeddings)
+        if self._cache is not None and seen.key is not None:
+            self._cache.put(seen.key, made)
+        return self._encoded(seen.photo, made)
+
+    def _key(self, photo: Photo) -> str | None:
+        if self._cache is None or (content := photo.image.digest()) is None:
+            return None
+        return cache.key(content, repr(photo.layout), *self._made_by)
+
+    def _encoded(self, photo: Photo, entry: cache.Entry) -> EncodedImage:
+        return EncodedImage(
+            embeddings=entry.embeddings,
+            layout=photo.layout,
+            input_px=(photo.image.height_px, photo.image.width_px),
+            key=entry.sha256,
+            model_sha256=self._model_sha256,
+        )
