@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import common
+from edgevlm.bench import photo
+from edgevlm.bench.mtmd import Peer, Setup
 
 import edgevlm
 from edgevlm import probe
-from edgevlm.bench import photo
-from edgevlm.bench.mtmd import Peer, Setup
 from edgevlm.many import PARALLEL
 from edgevlm.prompt import ImageSlot
 

@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import common
+from edgevlm.bench import photo
 
 import edgevlm
 from edgevlm.answer import Answer
-from edgevlm.bench import photo
 
 NEW, ON_DISK, IN_MEMORY, SECOND = "new photo", "on disk", "in memory", "second question"
 QUESTIONS = ("What is in the picture?", "Which colours do you see?")

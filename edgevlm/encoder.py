@@ -32,6 +32,11 @@ class Photo:
     image: image.Photo
     layout: Layout
 
+    @property
+    def input_px(self) -> tuple[int, int]:
+        """Height and width of the upright picture."""
+        return self.image.height_px, self.image.width_px
+
 
 @dataclass(frozen=True)
 class Patches:
@@ -44,6 +49,10 @@ class Patches:
     @property
     def layout(self) -> Layout:
         return self.photo.layout
+
+    @property
+    def input_px(self) -> tuple[int, int]:
+        return self.photo.input_px
 
 
 Opened = Photo | Patches | EncodedImage  # a picture somewhere on its way
@@ -139,7 +148,7 @@ class Encoder:
         return EncodedImage(
             embeddings=entry.embeddings,
             layout=photo.layout,
-            input_px=(photo.image.height_px, photo.image.width_px),
+            input_px=photo.input_px,
             key=entry.sha256,
             model_sha256=self._model_sha256,
         )

@@ -15,12 +15,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edgevlm import device, families, many, reasoning, region, registry, text
+from edgevlm import device, families, gaze, many, reasoning, region, registry, text
 from edgevlm.answer import Answer, Box, EncodedImage, Outcome, Piece, Point, fold
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cancel import Cancel
 from edgevlm.chat import Chat
-from edgevlm.encoder import Encoder, Opened, Picture
+from edgevlm.encoder import Encoder, Opened, Photo, Picture
 from edgevlm.errors import PromptError
 from edgevlm.language import Language, Prompt, Slots
 from edgevlm.meter import Meter
@@ -43,6 +43,7 @@ def load(model: str | Path | None = None, **settings: Any) -> VLM:
         BundleError: no such model, or it is damaged.
         HubError: its files have to be fetched first and could not be.
         BackendError: ONNX Runtime or llama.cpp cannot run it.
+        PromptError: it does not know this `detail`.
         ValueError: a setting outside its range.
     """
     started = perf_counter()
@@ -65,7 +66,7 @@ class VLM:
         self.load_ms = 0.0
         self._settings = settings
         self._threads = device.thread_budget(settings.threads)
-        self._family = families.find(bundle)
+        self._family = families.find(bundle, settings.detail)
         self._cancel = Cancel()
         self._encoder = Encoder(
             bundle, self._family, settings, threads=self._threads, cancel=self._cancel
@@ -185,17 +186,42 @@ class VLM:
         return [region.point(place, *size_px) for place in places]
 
     def gaze(
-        self, picture: Picture, eye: tuple[float, float], *, always: bool = False
+        self,
+        picture: Picture,
+        eye: region.Spot,
+        *,
+        always: bool = False,
+        accurate: bool = False,
+        seed: int = 0,
     ) -> Point | None:
         """Where the person looks whose eye is at `eye` (x, y, 0 to 1).
 
         None if the model sees no target in the picture, unless it `always` has to name one.
-        Raises as `detect` does.
+        `accurate` takes the box of the face for `eye` (x_min, y_min, x_max, y_max), asks from
+        ten random places in it, from ten more in the mirrored picture, and gives the mean of
+        what they agree on. The places follow from `seed`. `picture` must not be encoded yet,
+        since its mirror image is encoded too. Raises as `detect` does.
         """
-        segments = self._family.gaze_prompt(region.place(eye))
-        at_least = 1 if always else 0
-        places, size_px = self._find(picture, segments, sized=False, most=1, at_least=at_least)
-        return region.point(places[0], *size_px) if places else None
+        spot = region.place(eye)
+        if accurate != (spot.size is not None):
+            raise PromptError(
+                "an accurate gaze takes the box of the face (x_min, y_min, x_max, y_max), any "
+                "other the place of an eye (x, y)"
+            )
+        eyes = gaze.eyes(spot, seed) if accurate else ([spot], [])
+        prompts = [[self._family.gaze_prompt(place) for place in each] for each in eyes]
+        if accurate and isinstance(picture, EncodedImage):
+            raise PromptError("an accurate gaze needs the picture itself, not an encoded one")
+        with self._exclusive():
+            photo = self._encoder.open(picture)
+            search = partial(self._search, sized=False, most=1, at_least=int(always))
+            found = search(photo, prompts[0])
+            if isinstance(photo, Photo) and accurate:
+                mirror = Photo(photo.image.mirrored(), photo.layout)
+                target = gaze.agreed(found, search(mirror, prompts[1]))
+            else:
+                target = found[0] if found else None
+        return region.point(target, *photo.input_px) if target else None
 
     def chat(self, pictures: Pictures) -> Chat:
         """A conversation about pictures, which are encoded once."""
@@ -309,23 +335,31 @@ class VLM:
         yield Piece("", answer)
 
     def _find(
-        self,
-        picture: Picture,
-        segments: Sequence[Segment],
-        *,
-        sized: bool,
-        most: int,
-        at_least: int = 0,
+        self, picture: Picture, segments: Sequence[Segment], *, sized: bool, most: int
     ) -> tuple[list[Place], tuple[int, int]]:
         """What the model finds, and the picture's height and width in pixels."""
         with self._exclusive():
             photo = self._encoder.open(picture)
-            prompt = self._language.tokenize(segments)
-            encoded = self._encoder.encode(photo, Meter())
+            return self._search(photo, [segments], sized=sized, most=most), photo.input_px
+
+    def _search(
+        self,
+        photo: Opened,
+        asked: Sequence[Sequence[Segment]],
+        *,
+        sized: bool,
+        most: int,
+        at_least: int = 0,
+    ) -> list[Place]:
+        """What the model finds after each of the prompts, one list of all."""
+        prompts = [self._language.tokenize(segments) for segments in asked]
+        encoded = self._encoder.encode(photo, Meter())
+        ends: list[int] = self.bundle.manifest["generation"]["stop_token_ids"]
+        places: list[Place] = []
+        for prompt in prompts:
             self._feed(self._language, prompt, [encoded])
-            ends: list[int] = self.bundle.manifest["generation"]["stop_token_ids"]
-            places = region.find(self._language, ends, sized=sized, most=most, at_least=at_least)
-        return places, encoded.input_px
+            places += region.find(self._language, ends, sized=sized, most=most, at_least=at_least)
+        return places
 
     def _feed(self, language: Language, prompt: Prompt, images: Sequence[EncodedImage]) -> None:
         if self._settings.threads is None:  # leave busy cores to the programs that use them

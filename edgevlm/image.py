@@ -14,7 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -63,6 +63,15 @@ class Photo:
         None if the file is too long to be held. Raises: ImageError if it cannot be read.
         """
         return self._digest()
+
+    def mirrored(self) -> Photo:
+        """The same photo with left and right exchanged."""
+        decode, digest = self._decode, self._digest
+        return replace(
+            self,
+            _decode=lambda size: np.ascontiguousarray(decode(size)[:, ::-1]),
+            _digest=lambda: f"{content} mirrored" if (content := digest()) else None,
+        )
 
 
 def load(source: Source, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Spot = tuple[float, float] | tuple[float, float, float, float]  # (x, y), or a box by its corners
 _OCTAVES = 10.0  # logarithmic sizes go from 2^-10 to 1
+_LAST_BIN = 1023  # whose size is 1; the reference does not count the bins
 
 
 class Region:
@@ -40,7 +41,7 @@ class Region:
         logits = self._decode("size_decoder", hidden).reshape(2, -1)
         n_bins = logits.shape[1]
         width, height = (
-            2.0 ** (bin_ / (n_bins - 1) * _OCTAVES - _OCTAVES) if self._log_sizes else bin_ / n_bins
+            2.0 ** (bin_ / _LAST_BIN * _OCTAVES - _OCTAVES) if self._log_sizes else bin_ / n_bins
             for bin_ in (int(row.argmax()) for row in logits)
         )
         return width, height

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 # 0.7 GB (Pillow's 4 bytes a pixel and the array's 3): the most a small machine can lend a picture.
 DEFAULT_MAX_PIXELS = 100_000_000
 DEFAULT_CACHE_BYTES = 512 << 20  # 85 photos of 729 × 2048 values, or 6,000 of nano's
+DETAILS = ("low", "auto", "high")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Settings:
             model leaves out those that other programs keep busy.
         max_pixels: larger pictures are refused before they are decoded.
         exact_decode: decode every JPEG at full size, even if the model sees it much smaller.
+        detail: one of DETAILS: how closely a picture is looked at, by models that can cut it into
+            few or many tiles. "auto" does as the model's reference.
         precise: float32 keys and values, to compare with a reference.
         cache: keep image embeddings, in memory and on disk; the same photo is not encoded again.
         cache_bytes: what they may take on disk, those of all processes together.
@@ -27,6 +30,7 @@ class Settings:
     threads: int | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
     exact_decode: bool = False
+    detail: str = "auto"
     precise: bool = False
     cache: bool = True
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -39,3 +43,5 @@ class Settings:
             raise ValueError(f"max_pixels is {self.max_pixels}; it must be 1 or more")
         if self.cache_bytes < 0:
             raise ValueError(f"cache_bytes is {self.cache_bytes}; it must be 0 or more")
+        if self.detail not in DETAILS:
+            raise ValueError(f"detail is {self.detail!r}; it must be one of {', '.join(DETAILS)}")

@@ -98,6 +98,15 @@ def test_positions_equal_torchs_to_the_last_bit(n_positions: int) -> None:
         np.testing.assert_array_equal(positions(n_patches, n_positions), expected)
 
 
+def test_detail_splits_or_not() -> None:
+    for split in (True, False):
+        made, size_px = family(split=split), (200, 300)
+        plain, whole = (family(split=each).layout(*size_px) for each in (True, False))
+        for detail, expected in (("low", whole), ("high", plain)):
+            made.detail = detail
+            assert made.layout(*size_px) == expected
+
+
 def test_a_picture_decoded_smaller_has_the_same_quarters() -> None:
     layout = family().layout(400, 600)
     smooth = np.linspace(0, 255, 600).astype(np.uint8)[np.newaxis, :, np.newaxis]

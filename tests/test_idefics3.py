@@ -94,6 +94,15 @@ def test_tiles_are_the_processors_for_other_sizes(
     assert_sees_what_the_processor_gives(size_px, **image)
 
 
+def test_detail_splits_or_not() -> None:
+    for split in (True, False):
+        made, size_px = family(split=split), (200, 300)
+        plain, whole = (family(split=each).layout(*size_px) for each in (True, False))
+        for detail, expected in (("low", whole), ("high", plain)):
+            made.detail = detail
+            assert made.layout(*size_px) == expected
+
+
 def test_an_odd_square_grows_as_in_the_reference() -> None:
     assert_sees_what_the_processor_gives((50, 50), longest_px=91)
 

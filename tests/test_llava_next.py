@@ -19,7 +19,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextImageProces
 
 import edgevlm
 from edgevlm.bundle import open_bundle
-from edgevlm.errors import BundleError
+from edgevlm.errors import BundleError, PromptError
 from edgevlm.families import Family, find
 from edgevlm.prompt import Message
 
@@ -76,6 +76,28 @@ def test_stitching_equals_the_reference(
     merged = family.merge(features, layout)
     np.testing.assert_array_equal(merged, expected)
     assert len(merged) == layout.n_tokens
+
+
+def test_low_detail_is_the_whole_picture_and_its_end(
+    exported: tuple[Any, Path, Path],
+) -> None:
+    """As the reference treats a picture that has no tiles."""
+    model, _, bundle = exported
+    family = find(open_bundle(bundle), "low")
+    layout = family.layout(100, 130)
+    picture = photo((100, 130))
+    expected = parity.tiles(picture, find(open_bundle(bundle)).layout(100, 130))[:1]
+    np.testing.assert_array_equal(parity.tiles(picture, layout), expected)
+    features = np.random.default_rng(0).normal(size=(1, 16, 64)).astype(np.float32)
+    newline = torch.from_numpy(open_bundle(bundle).arrays("extra.npz")["image_newline"])
+    (packed,), _ = model.model.pack_image_features(
+        [torch.from_numpy(features)], torch.tensor([(100, 130)]), "default", image_newline=newline
+    )
+    merged = family.merge(features, layout)
+    np.testing.assert_array_equal(merged, packed)
+    assert len(merged) == layout.n_tokens == 17
+    with pytest.raises(PromptError, match="this model knows low, auto"):
+        find(open_bundle(bundle), "high")
 
 
 def reference(

@@ -61,6 +61,40 @@ def test_nothing_found_is_an_empty_list(tmp_path: Path, picture: Image.Image) ->
         assert vlm.gaze(picture, (0.5, 0.5), always=True) is not None
 
 
+def test_an_accurate_gaze_is_reproducible(vlm: VLM, photo: str) -> None:
+    face = (0.2, 0.2, 0.5, 0.6)
+    found = [
+        vlm.gaze(photo, face, accurate=True, always=True, seed=seed) for seed in (1, 2, 3, 4, 1)
+    ]
+    assert found[0] == found[-1]
+    assert len({*found}) > 1
+
+
+def test_an_accurate_gaze_needs_a_face_and_a_picture(vlm: VLM, picture: Image.Image) -> None:
+    with pytest.raises(PromptError, match="the box of the face"):
+        vlm.gaze(picture, (0.5, 0.5), accurate=True)
+    with pytest.raises(PromptError, match="the place of an eye"):
+        vlm.gaze(picture, (0.2, 0.2, 0.5, 0.6))
+    with pytest.raises(PromptError, match="not an encoded one"):
+        vlm.gaze(vlm.encode(picture), (0.2, 0.2, 0.5, 0.6), accurate=True)
+
+
+def test_detail_from_the_command_line(
+    bundle: Path, photo: str, tmp_path: Path, capsys: Captured
+) -> None:
+    seen = []
+    for detail in ("low", "auto", "high"):
+        asked = ["describe", photo, "-m", str(bundle), "-n", "2", "--json", "--detail", detail]
+        assert run(asked) == 0
+        seen.append(json.loads(capsys.readouterr().out)["model_px"])
+    assert len({str(px) for px in seen}) == 3
+    moondream(tmp_path / "checkpoint", "2024-03-04")
+    one_way = str(export(tmp_path / "checkpoint", tmp_path / "bundle"))
+    assert run(["describe", photo, "-m", one_way, "--detail", "high"]) == 2
+    assert "detail is 'high'; this model knows auto" in capsys.readouterr().err
+    assert run(["describe", photo, "-m", one_way, "--detail", "most"]) == 2
+
+
 def test_a_full_context_ends_the_search(vlm: VLM, picture: Image.Image) -> None:
     found = vlm.detect(picture, "car", max_objects=1000)
     assert 100 < len(found) < 512 / 3

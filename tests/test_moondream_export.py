@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from edgevlm_export import export
-from moondream_reference import Reference
+from edgevlm_export.oracles.moondream import Reference
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_moondream import RELEASES, moondream, starmie, tokenizer
@@ -129,6 +129,20 @@ def _skip(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name.replace(".blocks.0.", ".blocks.5.")] = tensors[name].clone()
 
 
+def _forget(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(f"model.{name}")
+
+
+def _flatten(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({f"model.{name}": tensors[f"model.{name}"].flatten()})
+
+
+def _narrow(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("weight", "bias"):
+        name = f"model.vision.proj_mlp.fc2.{part}"
+        tensors[name] = tensors[name][:64].clone()
+
+
 def _widen(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.vision.proj_mlp.fc1.weight"] = torch.zeros(90, 50)
 
@@ -141,6 +155,15 @@ def _widen(tensors: dict[str, torch.Tensor]) -> None:
         (_drop, "size_decoder.fc2.bias is missing"),
         (_skip, r"text blocks \[0, 1, 5\]"),
         (_widen, "projector reads 50"),
+        (_narrow, "projector gives 64 values, the language model takes 128"),
+        (_forget("region.coord_encoder.weight"), "coord_encoder.weight is missing"),
+        (_forget("vision.blocks.1.attn.proj.bias"), "attn.proj.bias is missing"),
+        (_forget("vision.blocks.0.mlp.fc1.bias"), "mlp.fc1.bias is missing"),
+        (_forget("vision.proj_mlp.fc2.bias"), "proj_mlp.fc2.bias is missing"),
+        (_forget("text.wte"), "text.wte is missing"),
+        (_flatten("text.wte"), "text.wte .* must have 2 axes"),
+        (_flatten("vision.pos_emb"), "vision.pos_emb .* must have 3 axes"),
+        (_flatten("region.size_features"), "size_features .* must have 2 axes"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(

@@ -66,6 +66,40 @@ def test_crops_are_chosen_as_the_reference_does(
     assert (layout.views[0].height_px, layout.views[0].width_px) == (378, 378)
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "tiling"),
+    [
+        (224, 224, (3, 3)),  # which auto sees once
+        (4000, 3000, (3, 4)),  # which auto cuts into (2, 4)
+        (1024, 1024, (3, 3)),
+        (640, 480, (3, 4)),
+        (1000, 4000, (6, 2)),
+        (3000, 300, (1, 12)),
+    ],
+)
+def test_high_detail_takes_as_many_crops_as_help(
+    width: int, height: int, tiling: tuple[int, int]
+) -> None:
+    made = family()
+    made.detail = "high"
+    cut = made.layout(height, width).views[-1]
+    assert (cut.height_px, cut.width_px) == tuple(n * 266 + 112 for n in tiling)
+    made.detail = "low"
+    assert made.layout(height, width).n_tiles == 1
+
+
+def test_high_detail_of_2024_is_one_of_its_sizes() -> None:
+    made = family("2024-05-20", crops="grid", overlap_patches=0, bidirectional_tokens=0)
+    made.detail = "high"
+    assert [made.layout(*size).n_tiles for size in ((300, 300), (300, 700), (90, 40))] == [4, 2, 2]
+
+
+def test_one_crop_leaves_nothing_to_choose() -> None:
+    made = family("2024-03-04", crops="single", overlap_patches=0, bidirectional_tokens=0)
+    assert made.details == ("auto",)
+    assert family().details == ("low", "auto", "high")
+
+
 @pytest.mark.parametrize("size", [(500, 500), (480, 640), (1000, 400), (4000, 1000)])
 def test_every_place_of_the_map_comes_from_one_crop_and_pooling_is_torch_s(
     size: tuple[int, int],
@@ -204,6 +238,7 @@ def test_earlier_releases_say_what_they_cannot() -> None:
         {"patch_px": 13},
         {"overlap_patches": 14},
         {"n_tokens": "7"},
+        {"max_crops": 0},
     ],
 )
 def test_numbers_that_make_no_crops_are_refused(wrong: dict[str, Any]) -> None:

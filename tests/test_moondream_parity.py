@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from edgevlm_export import export
-from moondream_reference import Reference
+from edgevlm_export.oracles.moondream import Reference
 from PIL import Image
+from test_gaze import without_outliers
 from tiny_moondream import IDS, RELEASES, moondream, token_config, tokenizer
 
 import edgevlm
@@ -132,7 +134,7 @@ def test_reasoning_equals_the_reference(tmp_path: Path, picture: Image.Image, se
     begin = reference.begin(reference.encode(picture), IDS["bos_id"])
     asked = [*template["prefix"], *made.encode(QUESTION).ids, *template["suffix"]]
     prompt = torch.cat([begin, reference.embed([*asked, IDS["thinking_id"]])])
-    chunks, rows = reference.think(prompt, IDS, 40)
+    chunks, rows = _think(reference, prompt, 40)
     rows = torch.cat([rows, reference.embed(template["suffix"])])
     expected, _ = reference.greedy(rows, reference.prefix, 40, IDS["eos_id"], (IDS["answer_id"],))
     with opened(tmp_path) as vlm:
@@ -182,28 +184,104 @@ def test_places_in_a_question_equal_the_reference(tmp_path: Path, picture: Image
 @pytest.mark.parametrize("release", POINTING)
 def test_a_gaze_equals_the_reference(tmp_path: Path, picture: Image.Image, release: str) -> None:
     reference = moondream(tmp_path / "checkpoint", release, seed=8)
-    words = [tokenizer(release).encode(text).ids for text in ("\n\nPoint:", " gaze\n\n")]
-    prompt = torch.cat(
-        [
-            reference.begin(reference.encode(picture), _bos(release)),
-            reference.embed(words[0]),
-            reference.encoded("coord", 0.3),
-            reference.encoded("coord", 0.7),
-            reference.embed(words[1]),
-        ]
-    )
-    ((x, y),) = reference.find(prompt, _bos(release), False, 1)
+    expected = _gaze(reference, reference.encode(picture), 0.3, 0.7)
     with opened(tmp_path) as vlm:
         gaze = vlm.gaze(picture, (0.3, 0.7))
     assert gaze is not None
-    assert (gaze.x, gaze.y) == (x, y)
+    assert (gaze.x, gaze.y) == expected
 
 
-def opened(tmp_path: Path) -> edgevlm.VLM:
+def test_an_accurate_gaze_equals_the_reference(tmp_path: Path, picture: Image.Image) -> None:
+    """detect_gaze with prioritize_accuracy (vikhyat/moondream, moondream/torch/moondream.py)."""
+    reference = moondream(tmp_path / "checkpoint", seed=8, bias={IDS["eos_id"]: 3.0})
+    drawn = random.Random(11)
+    whole = reference.encode(picture)
+    mirror = reference.encode(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    found = []
+    for n in range(20):
+        x, y = drawn.uniform(0.1, 0.5), drawn.uniform(0.2, 0.9)
+        seen = _gaze(reference, whole, x, y) if n < 10 else _gaze(reference, mirror, 1 - x, y)
+        if seen is not None:
+            found.append(seen if n < 10 else (1 - seen[0], seen[1]))
+    assert 10 <= len(found) < 20  # some looks find nothing
+    kept = without_outliers(found)
+    with opened(tmp_path) as vlm:
+        gaze = vlm.gaze(picture, (0.1, 0.2, 0.5, 0.9), accurate=True, seed=11)
+    assert gaze is not None
+    expected = tuple(sum(values) / len(kept) for values in zip(*kept, strict=True))
+    assert (gaze.x, gaze.y) == pytest.approx(expected, abs=1e-9)
+
+
+def _gaze(
+    reference: Reference, picture: torch.Tensor, x: float, y: float
+) -> tuple[float, ...] | None:
+    words = [tokenizer(reference.release).encode(s).ids for s in ("\n\nPoint:", " gaze\n\n")]
+    end_id = _bos(reference.release)
+    rows = torch.cat(
+        [
+            reference.begin(picture, end_id),
+            reference.embed(words[0]),
+            reference.encoded("coord", x),
+            reference.encoded("coord", y),
+            reference.embed(words[1]),
+        ]
+    )
+    found = reference.find(rows, end_id, False, 1)
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("release", RELEASES[1:])
+@pytest.mark.parametrize("detail", ["low", "high"])
+def test_less_and_more_detail_is_the_same_arithmetic(
+    tmp_path: Path, picture: Image.Image, release: str, detail: str
+) -> None:
+    reference = moondream(tmp_path / "checkpoint", release, seed=1)
+    photo = sized(picture, 640, 330)
+    grid = {"low": (1, 1), "high": (2, 2) if release == "2024-05-20" else (2, 5)}[detail]
+    reference.tiling = lambda height, width: grid  # type: ignore[method-assign]
+    expected = reference.encode(photo)
+    if reference.prefix:
+        expected = torch.cat([reference.embed([_bos(release)]), expected])
+    with opened(tmp_path, detail=detail) as vlm:
+        encoded = vlm.encode(photo)
+    assert (
+        encoded.layout.views[-1].tiles[-1]
+        == {
+            (1, 1): (0, 0),
+            (2, 2): (70, 70),
+            (2, 5): (42, 168),
+        }[grid]
+    )
+    np.testing.assert_allclose(encoded.embeddings, expected.numpy(), atol=EMBEDDING_ATOL, rtol=0)
+
+
+def _think(
+    reference: Reference, rows: torch.Tensor, steps: int
+) -> tuple[list[tuple[list[int], list[float]]], torch.Tensor]:
+    """Chunks of thoughts (token ids, coordinates), and the rows up to their end."""
+    chunks: list[tuple[list[int], list[float]]] = [([], [])]
+    n_tokens = 0
+    hidden, logits = reference.run(rows, reference.prefix)
+    while (token := int(logits.argmax())) != IDS["answer_id"] and n_tokens < steps:
+        if token in (IDS["start_ground_points_id"], IDS["end_ground_id"]):
+            chunks.append(([], []))
+        chunks[-1][0].append(token)
+        n_tokens += 1
+        row = reference.embed([token])
+        if token == IDS["coord_id"]:
+            chunks[-1][1].append(reference.coordinate(hidden))
+            row = reference.encoded("coord", chunks[-1][1][-1])
+        rows = torch.cat([rows, row])
+        hidden, logits = reference.run(rows, reference.prefix)
+        logits[[IDS["eos_id"], IDS["size_id"]]] = -torch.inf
+    return chunks, rows
+
+
+def opened(tmp_path: Path, **settings: Any) -> edgevlm.VLM:
     bundle = tmp_path / "bundle"
     if not bundle.exists():
         export(tmp_path / "checkpoint", bundle, language="f32")
-    return edgevlm.load(bundle, precise=True, threads=1)
+    return edgevlm.load(bundle, precise=True, threads=1, **settings)
 
 
 def _bos(release: str) -> int:

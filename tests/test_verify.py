@@ -12,6 +12,8 @@ import tiny
 import tiny_idefics2
 import tiny_idefics3
 import tiny_llava_next
+import tiny_moondream
+import torch
 from edgevlm_export import export
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -46,6 +48,36 @@ def test_an_exact_export_is_exact(tower: str, text: str, tmp_path: Path, capsys:
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["card"]["parity"]["reference"] == found
     open_bundle(bundle)
+
+
+@pytest.mark.parametrize("release", tiny_moondream.RELEASES)
+def test_a_model_that_transformers_lacks_is_held_against_its_arithmetic(
+    release: str, tmp_path: Path, capsys: Captured
+) -> None:
+    named = "2024" if release == "2025-01-09" else None
+    tiny_moondream.moondream(tmp_path / "in", release, torch.bfloat16, seed=2, names=named)
+    bundle = export(tmp_path / "in", tmp_path / "out", language="f32")
+    found = card(bundle, tmp_path / "in", capsys)
+    assert str(found["reference"]).startswith("the arithmetic of vikhyat/moondream in torch")
+    assert found["pixels_max_difference"] == 0
+    assert found["vision_fp32_max_error"] < 1e-4
+    assert found["logits_max_error"] < 4e-3  # llama.cpp's GELU reads a float16 table
+    assert found["greedy_tokens_equal"] == found["greedy_tokens"]
+    assert max(found["greedy_tokens"]) > 20
+    if release >= "2025":
+        assert found["places_equal"] == found["places"] == [10] * 4
+    else:
+        assert "places" not in found
+
+
+def test_a_quantized_model_that_points_says_what_it_lost(tmp_path: Path, capsys: Captured) -> None:
+    tiny_moondream.moondream(tmp_path / "in", seed=2, text_heads=4, text_kv_heads=4)
+    bundle = export(tmp_path / "in", tmp_path / "out", language="q4_0", vision="int8")
+    found = card(bundle, tmp_path / "in", capsys)
+    assert found["vision_fp32_max_error"] < 1e-4
+    assert found["vision_cosine_worst_token"] < 0.99999
+    assert found["logits_max_error"] > 0.01
+    assert max(found["places_equal"]) < 10
 
 
 @pytest.mark.parametrize("family", [tiny_llava_next, tiny_idefics2, tiny_idefics3])

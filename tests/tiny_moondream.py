@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moondream_reference import Reference, Shape
+from edgevlm_export.oracles.moondream import Reference, Shape
 from safetensors.torch import save_file
 from tiny import byte_level_bpe
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -15,7 +15,7 @@ from edgevlm.cli import options
 # Said here again so that `--help` needs neither gguf nor onnx; a test holds them equal.
 LANGUAGES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 VISIONS = ("fp32", "fp16", "int8")
-_CHECKPOINT_ONLY = ("family", "llm", "tokenizer", "release", "lora", "imatrix")
+_CHECKPOINT_ONLY = ("family", "llm", "tokenizer", "lora", "imatrix")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -79,7 +79,8 @@ def command(context: click.Context, /, source: str, out: Path, **arguments: Any)
     origin = None
     if not path.exists():
         path, origin = _fetched(source)
-    given = {name: arguments[name] for name in ("vision", "prompt", "fit", "photos", "threads")}
+    both = ("vision", "prompt", "fit", "release", "photos", "threads")
+    given = {name: arguments[name] for name in both}
     with Bars(quiet=arguments["quiet"]) as bars:
         if arguments["mmproj"]:
             exporter.export_pair(path, arguments["mmproj"], out, **given, progress=bars)

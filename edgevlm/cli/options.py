@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgevlm.settings import DEFAULT_CACHE_BYTES, DEFAULT_MAX_PIXELS, Settings
+from edgevlm.settings import DEFAULT_CACHE_BYTES, DEFAULT_MAX_PIXELS, DETAILS, Settings
 
 if TYPE_CHECKING:
     from edgevlm.engine import VLM
@@ -63,6 +63,13 @@ model = every(
         default=DEFAULT_CACHE_BYTES,
         show_default=True,
         help="What they may take on disk.",
+    ),
+    option(
+        "--detail",
+        type=click.Choice(DETAILS),
+        default="auto",
+        show_default=True,
+        help="How closely to look, if the model can choose: low is fast, high is slow.",
     ),
     option("-q", "--quiet", is_flag=True, help="No hints on stderr."),
     option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),

@@ -30,7 +30,7 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 def command(
     bundle: Path, reference: Path, photos: tuple[Path, ...], threads: int | None, as_json: bool
 ) -> None:
-    """Hold a model directory against transformers, and write the numbers into its card."""
+    """Hold a model directory against its reference, and write the numbers into its card."""
     for package in ("gguf", "onnx", "torch", "transformers"):
         if find_spec(package) is None:
             raise click.ClickException(f"this needs {package}: pip install edgevlm[verify]")

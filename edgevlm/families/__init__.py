@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 class Family(Protocol):
-    """What the engine asks of a family; one that inherits need not write what has a default."""
+    """What the engine asks of a family; one that inherits need not write what has a default.
+
+    `details` are the values of `Settings.detail` that it knows, `detail` is the one to go by.
+    """
+
+    details: Sequence[str] = ("auto",)
+    detail: str = "auto"
 
     def layout(self, height: int, width: int) -> Layout:
         """Resizes, tiles and number of image tokens of a picture of that size in pixels."""
@@ -77,12 +83,13 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
-def find(bundle: Bundle) -> Family:
+def find(bundle: Bundle, detail: str = "auto") -> Family:
     """The family of a bundle, set up with the numbers of its bundle.json.
 
     Raises:
         UnknownFamily: this version has no such family.
         BundleError: the family's numbers are missing or make no sense.
+        PromptError: the family does not know this `detail`.
     """
     name = bundle.manifest["family"]
     if name not in names():
@@ -91,4 +98,10 @@ def find(bundle: Bundle) -> Family:
             "update edgevlm or export the model again"
         )
     module = import_module(f"edgevlm.families.{name}")
-    return cast(Family, module.Family(bundle))
+    family = cast(Family, module.Family(bundle))
+    if detail not in family.details:
+        raise PromptError(
+            f"detail is {detail!r}; this model knows {', '.join(family.details)}: choose of those"
+        )
+    family.detail = detail
+    return family

@@ -38,6 +38,8 @@ _Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Family(families.Family):
+    details = ("low", "auto", "high")
+
     def __init__(self, bundle: Bundle) -> None:
         self._image = bundle.manifest["image"]
         self._prompt = bundle.manifest["prompt"]
@@ -52,7 +54,7 @@ class Family(families.Family):
 
     def layout(self, height: int, width: int) -> Layout:
         boxes = [(0, 0, height, width)]
-        if self._image["split"]:
+        if {"low": False, "high": True}.get(self.detail, self._image["split"]):
             boxes = [*_quarters(height, width), *boxes]
         return Layout(
             views=tuple(self._view(box) for box in boxes),

@@ -33,6 +33,8 @@ _LARGEST_PX = 4096  # MAX_IMAGE_SIZE in image_processing_idefics3.py
 
 
 class Family(families.Family):
+    details = ("low", "auto", "high")
+
     def __init__(self, bundle: Bundle) -> None:
         self._image = bundle.manifest["image"]
         self._prompt = bundle.manifest["prompt"]
@@ -51,7 +53,7 @@ class Family(families.Family):
         steps = [first, (side, side)]  # the sizes that the whole picture goes through
         views: list[View] = []
         resample: str = self._image["resample"]
-        if self._image["split"]:
+        if {"low": False, "high": True}.get(self.detail, self._image["split"]):
             height_px, width_px = grid = self._multiple(*first)
             steps = [first, grid, (side, side)]
             corners = [(y, x) for y in range(0, height_px, side) for x in range(0, width_px, side)]

@@ -33,6 +33,8 @@ _Size = tuple[int, int]  # height, width
 
 
 class Family(families.Family):
+    details = ("low", "auto")
+
     def __init__(self, bundle: Bundle) -> None:
         self._image = bundle.manifest["image"]
         path = bundle.file(MANIFEST)
@@ -55,6 +57,9 @@ class Family(families.Family):
 
     def layout(self, height: int, width: int) -> Layout:
         side, resample = self._tile_px, self._image["resample"]
+        whole = View(side, side, resample, ((0, 0),))
+        if self.detail == "low":
+            return self._layout((whole,), 1, (height, width))
         rows, columns = self._grid(height, width)
         canvas_px = (rows * side, columns * side)
         height_px, width_px = _fitted((height, width), canvas_px)
@@ -62,17 +67,20 @@ class Family(families.Family):
         corners = product(range(rows), range(columns))
         tiles = tuple((row * side - top, column * side - left) for row, column in corners)
         kept_rows, kept_columns = self._kept(height, width)
+        n_more = len(kept_rows) * (len(kept_columns) + 1)
+        views = (whole, View(height_px, width_px, resample, tiles))
+        return self._layout(views, n_more, (height, width))
+
+    def _layout(self, views: tuple[View, ...], n_more: int, picture_px: _Size) -> Layout:
+        """`n_more` tokens follow those of the whole picture."""
         return Layout(
-            views=(
-                View(side, side, resample, ((0, 0),)),
-                View(height_px, width_px, resample, tiles),
-            ),
-            tile_px=side,
+            views=views,
+            tile_px=self._tile_px,
             patch_px=self._image["patch_px"],
             channels_first=True,
             fill=_BLACK,
-            n_tokens=self._side**2 + len(kept_rows) * (len(kept_columns) + 1),
-            picture_px=(height, width),
+            n_tokens=self._side**2 + n_more,
+            picture_px=picture_px,
         )
 
     def runs(self, layout: Layout) -> families.Runs:
@@ -81,6 +89,8 @@ class Family(families.Family):
     def merge(self, features: NDArray[np.float32], layout: Layout) -> NDArray[np.float32]:
         import numpy as np  # here, because the command line loads families without it
 
+        if layout.n_tiles == 1:  # the reference ends a picture without tiles by one mark
+            return np.concatenate([features[0], self._newline[np.newaxis]])
         rows, columns = self._grid(*layout.picture_px)
         side, n_embd = self._side, features.shape[-1]
         grid = features[1:].reshape(rows, columns, side, side, n_embd)

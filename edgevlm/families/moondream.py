@@ -8,10 +8,10 @@ vikhyat/moondream, folder moondream/torch, and for 2024 moondream/vision_encoder
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil, floor, sqrt
+from math import ceil, floor
 from typing import TYPE_CHECKING, Any
 
-from edgevlm import families
+from edgevlm import crops, families
 from edgevlm.bundle import MANIFEST, Bundle, check_shape
 from edgevlm.errors import BundleError, PromptError
 from edgevlm.layout import Layout, View
@@ -41,7 +41,6 @@ _PROMPT = {
     "query": list,
     "answer": list,
 }
-_LARGE_PX = 512  # 2024: pictures with a smaller long side are not cut
 
 
 class Family(families.Family):
@@ -56,6 +55,8 @@ class Family(families.Family):
         )
         if not 0 < patch <= side or side % patch or not 0 <= 2 * overlap < side // patch:
             raise BundleError(f"{path}: {side} px in patches of {patch} px do not make crops")
+        if (most := self._image["max_crops"]) < 1:
+            raise BundleError(f"{path}: max_crops is {most}; expected 1 or more")
         if self._image["crops"] not in _CROPS:
             raise BundleError(f"{path}: crops is {self._image['crops']!r}; known: {_CROPS}")
         for name, template in self._templates().items():
@@ -64,6 +65,8 @@ class Family(families.Family):
             ):
                 raise BundleError(f"{path}: the prompt's {name!r} is no list of texts and ids")
         self._grid = side // patch  # patches along a crop
+        if self._image["crops"] != "single":
+            self.details = ("low", "auto", "high")
 
     def layout(self, height: int, width: int) -> Layout:
         side: int = self._image["size_px"]
@@ -218,23 +221,18 @@ class Family(families.Family):
     def _margin_px(self) -> int:
         return int(self._image["overlap_patches"] * self._image["patch_px"])
 
-    def _tiling(self, height: int, width: int) -> tuple[int, int]:
+    def _tiling(self, height: int, width: int) -> crops.Grid:
         """Rows and columns of crops."""
-        side: int = self._image["size_px"]
-        if self._image["crops"] == "overlap":
-            stride = side - 2 * self._margin_px
-            beyond = (height - 2 * self._margin_px, width - 2 * self._margin_px)
-            return overlapping(*beyond, stride, self._image["max_crops"])
-        if self._image["crops"] == "grid" and max(height, width) >= _LARGE_PX:
-            return min(
-                ((1, 1), (1, 2), (2, 1), (2, 2)),
-                key=lambda n: (
-                    abs(n[1] / n[0] - width / height),
-                    # the reference takes the height's side from the width and the other way round
-                    abs(n[0] * side - width) + abs(n[1] * side - height),
-                ),
-            )
-        return 1, 1
+        kind, side, most = (self._image[key] for key in ("crops", "size_px", "max_crops"))
+        if kind == "single" or self.detail == "low":
+            return 1, 1
+        margin = 2 * self._margin_px
+        if self.detail == "high":
+            allowed = crops.GRIDS if kind == "grid" else crops.every(most)
+            return crops.finest(height, width, side - margin, margin, allowed)
+        if kind == "grid":
+            return crops.grid(height, width, side)
+        return crops.overlapping(height - margin, width - margin, side - margin, most)
 
     def _stitched(self, n_crops: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Crop and patch within it at each place of one axis: a crop gives up its border of
@@ -258,21 +256,3 @@ class Family(families.Family):
             start, stop = floor(cell * n / self._grid), ceil((cell + 1) * n / self._grid)
             weights[cell, start:stop] = 1 / (stop - start)
         return weights
-
-
-def overlapping(height: int, width: int, stride: int, most: int) -> tuple[int, int]:
-    """Rows and columns of crops for a picture without its margins (`select_tiling`)."""
-    if height <= stride or width <= stride:
-        return 1, 1
-    rows, columns = ceil(height / stride), ceil(width / stride)
-    if rows * columns > most:
-        ratio = sqrt(most / (rows * columns))
-        return max(1, floor(rows * ratio)), max(1, floor(columns * ratio))
-    rows = max(floor(sqrt(most * height / width)), rows)
-    columns = max(floor(sqrt(most * width / height)), columns)
-    if rows * columns > most:
-        if columns > rows:
-            columns = floor(most / rows)
-        else:
-            rows = floor(most / columns)
-    return max(1, rows), max(1, columns)

@@ -111,13 +111,15 @@ def export_pair(
     vision: str = "fp32",
     prompt: str | None = None,
     fit: str | None = None,
+    release: str | None = None,
     photos: Sequence[Path] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write the bundle of a pair of GGUF files: `model` is copied, `mmproj` becomes our graph.
 
-    Arguments as for `export`; `fit` is "pad" by default, as LLaVA was trained.
+    Arguments as for `export`; `fit` is "pad" by default, as LLaVA was trained. Moondream's pair,
+    which does not tell its release, needs `release`.
 
     Raises:
         BundleError: a file is not what it should be, the two do not belong together, or `out` is
@@ -129,18 +131,19 @@ def export_pair(
 
     _check(language="f16", vision=vision, imatrix=None)
     report: Progress = progress or (lambda what, done, total: None)
-    files = pair.Pair(model, mmproj)
-    graph, planned = pair.plan(files, prompt, fit)
+    planned = pair.plan(model, mmproj, prompt, fit, release)
     with bundle.writing(out) as directory:
         shutil.copyfile(model, directory / "language.gguf")
         report("language", 1, 1)
+        for name, content in planned.texts.items():
+            (directory / name).write_text(content, encoding="utf-8")
         manifest = {
             "name": out.resolve().name,
-            "source": {"id": files.name, "revision": ""},
-            **planned,
-            "quantization": {"vision": vision, "language": files.quantization},
+            "source": {"id": planned.files.name, "revision": ""},
+            **planned.manifest,
+            "quantization": {"vision": vision, "language": planned.files.quantization},
         }
-        _write_vision(graph, directory, manifest, photos, thread_budget(threads), report)
+        _write_vision(planned.vision, directory, manifest, photos, thread_budget(threads), report)
         bundle.seal(directory, manifest)
     return out
 

@@ -100,6 +100,14 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
+    def axes(self, name: str, count: int) -> tuple[int, ...]:
+        """The shape of `name`, which must have so many axes."""
+        if len(found := self.shape(name)) != count:
+            raise BundleError(
+                f"{name} is {list(found)} in {self.directory}; it must have {count} axes"
+            )
+        return found
+
     def expect(self, name: str, *shape: int) -> str:
         """`name`, once its shape is known to be `shape`; BundleError names both otherwise."""
         if (found := self.shape(name)) != shape:

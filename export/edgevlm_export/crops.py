@@ -51,11 +51,11 @@ def shape(checkpoint: Checkpoint, n_heads: int | None) -> Tower:
     Raises:
         BundleError: tensors contradict each other.
     """
-    width, n_values = checkpoint.shape("vision.patch_emb.weight")
-    patch_px, n_patches = round((n_values / 3) ** 0.5), checkpoint.shape("vision.pos_emb")[1]
+    width, n_values = checkpoint.axes("vision.patch_emb.weight", 2)
+    patch_px, n_patches = round((n_values / 3) ** 0.5), checkpoint.axes("vision.pos_emb", 3)[1]
     grid = round(n_patches**0.5)
     n_heads = n_heads or _N_HEADS.get(width, _DEFAULT_N_HEADS)
-    projector_width, read = checkpoint.shape("vision.proj_mlp.fc1.weight")
+    projector_width, read = checkpoint.axes("vision.proj_mlp.fc1.weight", 2)
     if 3 * patch_px**2 != n_values or grid**2 != n_patches or width % n_heads:
         raise BundleError(
             f"{checkpoint.directory}: {n_patches} patches of {n_values} values, {n_heads} heads in "
@@ -65,13 +65,13 @@ def shape(checkpoint: Checkpoint, n_heads: int | None) -> Tower:
         raise BundleError(f"the projector reads {read} values; the tower gives {width}")
     return Tower(
         width=width,
-        ff_width=checkpoint.shape("vision.blocks.0.mlp.fc1.weight")[0],
+        ff_width=checkpoint.axes("vision.blocks.0.mlp.fc1.weight", 2)[0],
         n_layers=n_layers(checkpoint, "vision"),
         n_heads=n_heads,
         grid=grid,
         patch_px=patch_px,
         projector_width=projector_width,
-        n_embd=checkpoint.shape("vision.proj_mlp.fc2.weight")[0],
+        n_embd=checkpoint.axes("vision.proj_mlp.fc2.weight", 2)[0],
         pooled=read == 2 * width,
     )
 
@@ -91,10 +91,10 @@ def graph(checkpoint: Checkpoint, tower: Tower, *, averages: bool, first_row: in
         features = _whole_and_pooled(built, tower, features)  # [1, n_patches, 2 · width]
     read = tower.width * (2 if tower.pooled else 1)
     widths = (read, tower.projector_width)
-    value = linear(built, checkpoint, "vision.proj_mlp.fc1", features, widths)
+    value = _linear(built, checkpoint, "vision.proj_mlp.fc1", features, widths)
     value = built.activation(value, "gelu_pytorch_tanh")
     widths = (tower.projector_width, tower.n_embd)
-    value = linear(built, checkpoint, "vision.proj_mlp.fc2", value, widths)
+    value = _linear(built, checkpoint, "vision.proj_mlp.fc2", value, widths)
     if first_row is not None:
         shape = (1, 1, tower.n_embd)
         row = built.weight("bos", shape, lambda: checkpoint.get("text.wte")[[first_row]][None])
@@ -128,6 +128,14 @@ def _features(graph: Graph, weights: Checkpoint, tower: Tower, pixels: str) -> s
     return graph.layer_norm(value, weights, "vision.post_ln", width, _EPS)
 
 
+def _linear(
+    graph: Graph, weights: Checkpoint, name: str, value: str, shape: tuple[int, int]
+) -> str:
+    """A linear layer [in, out] of this tower, none of which is without a bias."""
+    weights.expect(f"{name}.bias", shape[1])
+    return linear(graph, weights, name, value, shape)
+
+
 def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: str) -> str:
     width, ff_width, n_heads = tower.width, tower.ff_width, tower.n_heads
     fused = weights.expect(f"{name}.attn.qkv.weight", 3 * width, width)
@@ -145,12 +153,12 @@ def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: st
         lambda: scaled(fused).T, lambda: scaled(fused_bias),
     )  # fmt: skip
     mixed = attend(graph, qkv, width, n_heads)
-    mixed = linear(graph, weights, f"{name}.attn.proj", mixed, (width, width))
+    mixed = _linear(graph, weights, f"{name}.attn.proj", mixed, (width, width))
     value = graph.op("Add", value, mixed)
     normed = graph.layer_norm(value, weights, f"{name}.ln2", width, _EPS)
-    inner = linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
+    inner = _linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
     inner = graph.activation(inner, "gelu_pytorch_tanh")
-    inner = linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
+    inner = _linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
     return graph.op("Add", value, inner)
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's published pairs: MODEL.gguf and MMPROJ.gguf, seen as a LLaVA checkpoint.
+"""llama.cpp's published pairs: MODEL.gguf and MMPROJ.gguf, seen as a checkpoint.
 
 The language file goes into the bundle as it is, tokenizer included; the tower and the projector
 become our graph. Names and rules: llama.cpp tools/mtmd/clip-impl.h and, for the files that are
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ class File:
 
 
 class Pair(Checkpoint):
-    """The two files under the names and settings of a checkpoint directory."""
+    """The two files under the names and settings of a LLaVA checkpoint's directory."""
+
+    projection = "multi_modal_projector.linear_2.weight"  # into the language model
 
     def __init__(self, model: Path, mmproj: Path) -> None:
         self.directory = model  # what messages name
@@ -77,16 +79,18 @@ class Pair(Checkpoint):
             raise BundleError(f"{mmproj} is no mmproj file: its architecture is not clip")
         if (kind := self._mmproj.get("clip.projector_type", "mlp")) != "mlp":
             raise BundleError(f"{mmproj} has a {kind!r} projector; only LLaVA's mlp is known")
-        if "v.post_ln.weight" in self._mmproj.tensors:
-            raise BundleError(f"{mmproj} norms the tower's last layer, which no LLaVA reads")
         self._adapter = None
-        self._tensors = _renamed(self._mmproj)
-        self.config = _config(self._mmproj, self._tensors)
+        self._tensors, self.config = self._read(self._mmproj)
+
+    def _read(self, mmproj: File) -> tuple[dict[str, ReaderTensor], dict[str, Any]]:
+        """Tensors by the names of the checkpoint, and its config.json."""
+        tensors = renamed(mmproj, _NAMES)
+        return tensors, _config(mmproj, tensors)
 
     @property
     def n_embd(self) -> int:
         width = int(self._architecture("embedding_length"))
-        found = self.shape("multi_modal_projector.linear_2.weight")[0]
+        found = self.shape(self.projection)[0]
         if found != width:
             raise BundleError(
                 f"{self._mmproj.path} projects to {found} values; {self._model.path} takes "
@@ -170,8 +174,23 @@ class Pair(Checkpoint):
         return self._tensors[name]
 
 
-def plan(pair: Pair, prompt: str | None, fit: str | None) -> tuple[Graph, dict[str, Any]]:
-    """The vision graph, and what bundle.json says of the model."""
+@dataclass(frozen=True)
+class Planned:
+    vision: Graph
+    manifest: dict[str, Any]  # what bundle.json says of the model
+    files: Pair
+    texts: Mapping[str, str] = field(default_factory=dict)  # further files of the bundle
+
+
+def plan(
+    model: Path, mmproj: Path, prompt: str | None, fit: str | None, release: str | None
+) -> Planned:
+    """All of the bundle but the language file, planned before anything is written."""
+    if "v.post_ln.weight" in File(mmproj).tensors:  # the norm behind the last layer
+        from . import pair_moondream
+
+        return pair_moondream.plan(model, mmproj, release)
+    pair = Pair(model, mmproj)
     vocabulary = pair.vocabulary()
     template = prompts.choose(pair, vocabulary, prompt)
     images = _processor(pair, fit)
@@ -181,7 +200,7 @@ def plan(pair: Pair, prompt: str | None, fit: str | None) -> tuple[Graph, dict[s
     marker = len(vocabulary.texts)
     marked = replace(vocabulary, ids={**vocabulary.ids, _IMAGE: marker})
     stops = prompts.stop_token_ids(pair, template, vocabulary)
-    return graph, {
+    manifest = {
         "family": "llava",
         "licence": pair.licence,
         "image": images.section(shape.patch_px, n_tokens),
@@ -196,6 +215,7 @@ def plan(pair: Pair, prompt: str | None, fit: str | None) -> tuple[Graph, dict[s
             "parity": {},
         },
     }
+    return Planned(graph, manifest, pair)
 
 
 def _processor(pair: Pair, fit: str | None) -> processor.Processor:
@@ -212,7 +232,8 @@ def _processor(pair: Pair, fit: str | None) -> processor.Processor:
     )
 
 
-def _renamed(mmproj: File) -> dict[str, ReaderTensor]:
+def renamed(mmproj: File, names: Mapping[str, str]) -> dict[str, ReaderTensor]:
+    """The tensors that `names` knows, by the names that it gives them."""
     swapped = _swapped(mmproj)
     found = {}
     for stored, tensor in mmproj.tensors.items():
@@ -221,7 +242,7 @@ def _renamed(mmproj: File) -> dict[str, ReaderTensor]:
             name = re.sub(
                 r"ffn_(up|down)", lambda m: {"up": "ffn_down", "down": "ffn_up"}[m[1]], name
             )
-        for pattern, plain in _NAMES.items():
+        for pattern, plain in names.items():
             if match := re.fullmatch(pattern, name):
                 found[match.expand(plain)] = tensor
     return found

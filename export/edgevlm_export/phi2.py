@@ -33,8 +33,8 @@ def shape(checkpoint: Checkpoint, declared: dict[str, Any]) -> dict[str, Any]:
     Raises:
         BundleError: sizes contradict each other, or are none that llama.cpp runs.
     """
-    n_vocab, n_embd = checkpoint.shape("text.wte")
-    n_rows = checkpoint.shape("text.blocks.0.attn.qkv.weight")[0]
+    n_vocab, n_embd = checkpoint.axes("text.wte", 2)
+    n_rows = checkpoint.axes("text.blocks.0.attn.qkv.weight", 2)[0]
     n_heads = declared.get("num_attention_heads") or max(1, n_embd // _HEAD)
     head = n_embd // n_heads
     n_kv_heads = (n_rows - n_embd) // (2 * head)
@@ -46,7 +46,7 @@ def shape(checkpoint: Checkpoint, declared: dict[str, Any]) -> dict[str, Any]:
     found = {
         "vocab_size": n_vocab,
         "hidden_size": n_embd,
-        "intermediate_size": checkpoint.shape("text.blocks.0.mlp.fc1.weight")[0],
+        "intermediate_size": checkpoint.axes("text.blocks.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": n_layers(checkpoint, "text"),
         "num_key_value_heads": n_kv_heads,
     }

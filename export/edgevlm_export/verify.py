@@ -1,58 +1,42 @@
 """A bundle and the checkpoint it came from → how far apart they are, number by number.
 
-The reference is transformers with torch in float32: its image processor, its tower, its logits
-and its greedy tokens, on the same pictures and the same prompt. Needs the extra `verify`.
+The reference is one of `oracles`, in float32: its pixels, its embeddings, its logits, its greedy
+tokens and its places, on the same pictures and the same prompts. Needs the extra `verify`.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import transformers
-from PIL import Image
 
-from edgevlm import families, paths, preprocess, vision
+from edgevlm import families, paths, preprocess, region, vision
 from edgevlm.answer import EncodedImage
 from edgevlm.bundle import MANIFEST, Bundle, open_bundle
 from edgevlm.cancel import Cancel
-from edgevlm.errors import BundleError
+from edgevlm.errors import PromptError
 from edgevlm.language import Language
 from edgevlm.layout import Layout
 from edgevlm.options import Options
-from edgevlm.prompt import ImageSlot, Message
+from edgevlm.prompt import ImageSlot, Message, Segment
 from edgevlm.sessions import Session
 
-from . import photos
+from . import oracles, photos
 from .checkpoint import Checkpoint
 from .families import Options as FamilyOptions
 from .families import find
 from .gate import cosines
+from .oracles import MOST_PLACES, STEPS, Ids, Question, Seen
 
 Floats = npt.NDArray[np.float32]
 
-STEPS = 64
-_auto: Any = transformers  # half of it is typed
-_QUESTION = "What is in the picture?"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one side makes of one picture."""
-
-    pixels: npt.NDArray[np.int16]  # [tiles, 3, S, S], before rescale and normalisation
-    embeddings: Floats  # [n_tokens, n_embd]
-    logits: Floats  # [n_vocab], after picture and question
-    tokens: list[int]  # greedy, without the end token
+_QUESTION, _THING = "What is in the picture?", "person"
 
 
 def verify(
@@ -61,15 +45,16 @@ def verify(
     """Compare, write the numbers into the bundle's card, and return them.
 
     Raises:
-        BundleError: either side cannot be opened, or transformers has no such model.
+        BundleError: either side cannot be opened, or no oracle has such a model.
     """
     opened = open_bundle(bundle)
     seen = list(photos.read(pictures))
     with closing(_Ours(opened, threads)) as ours:  # its memory is free before torch takes some
-        prompts, found = zip(*map(ours.look, seen), strict=True)
+        questions, found = zip(*map(ours.look, seen), strict=True)
     exact = _exact_embeddings(opened, reference, seen, threads)
-    expected = list(_reference(opened, reference, seen, prompts))
-    card = _card(found, exact, expected)
+    oracle = oracles.find(opened.manifest["family"])
+    expected = list(oracle.answers(opened, reference, questions))
+    card = {"reference": oracle.NAME, **_card(found, exact, expected)}
     _write(opened, card)
     return card
 
@@ -82,20 +67,40 @@ class _Ours:
         self._family = families.find(bundle)
         self._session = Session(bundle.file("vision.onnx"), threads)
         self._language = Language(bundle, threads=threads, cancel=self._cancel, precise=True)
+        self._ends: list[int] = bundle.manifest["generation"]["stop_token_ids"]
 
-    def look(self, pixels: photos.Pixels) -> tuple[tuple[int | ImageSlot, ...], Seen]:
+    def look(self, pixels: photos.Pixels) -> tuple[Question, Seen]:
         layout = self._family.layout(*pixels.shape[:2])
         patches = preprocess.patches(pixels, layout, self._threads)
         embeddings = vision.encode(self._session, patches, layout, self._family, self._cancel)
         encoded = EncodedImage(embeddings, layout, pixels.shape[:2], str(id(pixels)), "")
-        segments = self._family.prompt([Message("user", _QUESTION, (0,))], [layout])
-        prompt = self._language.tokenize(segments)
-        self._language.feed(prompt, [encoded])
+        prompt = self._read(
+            self._family.prompt([Message("user", _QUESTION, (0,))], [layout]), encoded
+        )
         logits = self._language.logits()
         with self._language.sampler(Options(repeat_penalty=1.0)) as sampler:
             tokens = [token for token, _ in self._language.tokens(sampler, STEPS)]
-        units = tuple(unit for unit in prompt.units if isinstance(unit, (int, ImageSlot)))
-        return units, Seen(_tiles(patches, layout), embeddings, logits, tokens)
+        detect, boxes = self._find(self._family.detect_prompt, encoded, sized=True)
+        point, points = self._find(self._family.point_prompt, encoded, sized=False)
+        question = Question(pixels, prompt, detect, point)
+        return question, Seen(_tiles(patches, layout), embeddings, logits, tokens, boxes + points)
+
+    def _read(self, segments: Sequence[Segment], encoded: EncodedImage) -> Ids:
+        prompt = self._language.tokenize(segments)
+        self._language.feed(prompt, [encoded])
+        return tuple(unit for unit in prompt.units if isinstance(unit, (int, ImageSlot)))
+
+    def _find(
+        self, prompt: Callable[[str], list[Segment]], encoded: EncodedImage, *, sized: bool
+    ) -> tuple[Ids, list[tuple[float, ...]]]:
+        """What is read, and what is found; nothing of either where the model does not point."""
+        try:
+            segments = prompt(_THING)
+        except PromptError:
+            return (), []
+        ids = self._read(segments, encoded)
+        found = region.find(self._language, self._ends, sized=sized, most=MOST_PLACES)
+        return ids, [(place.x, place.y, *(place.size or ())) for place in found]
 
     def close(self) -> None:
         self._cancel.close()
@@ -138,57 +143,6 @@ def _as_exported(bundle: Bundle) -> FamilyOptions:
     return FamilyOptions(**chosen)
 
 
-@torch.no_grad()
-def _reference(
-    bundle: Bundle,
-    reference: Path,
-    seen: Sequence[photos.Pixels],
-    prompts: Sequence[tuple[int | ImageSlot, ...]],
-) -> Iterator[Seen]:
-    _auto.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transformers about itself
-        try:
-            model = _auto.AutoModelForImageTextToText.from_pretrained(
-                reference, dtype=torch.float32
-            ).eval()
-            processor = _auto.AutoImageProcessor.from_pretrained(reference, backend="pil")
-        except (OSError, ValueError, KeyError) as error:
-            first_line = str(error).splitlines()[0]
-            raise BundleError(f"transformers cannot open {reference}: {first_line}") from error
-        stops = bundle.manifest["generation"]["stop_token_ids"]
-        image_token_id = model.config.image_token_id
-        for pixels, prompt in zip(seen, prompts, strict=True):
-            picture = Image.fromarray(pixels)
-            raw = processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")
-            inputs = dict(processor(picture, return_tensors="pt"))
-            features = model.get_image_features(**inputs)
-            ids: list[int] = []
-            for unit in prompt:
-                ids += [unit] if isinstance(unit, int) else [image_token_id] * unit.n_tokens
-            inputs["input_ids"] = torch.tensor([ids])
-            logits = model(**inputs).logits[0, -1]
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            said = model.generate(
-                **inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=stops, pad_token_id=0
-            )[0, len(ids) :].tolist()
-            values = np.asarray(raw["pixel_values"])
-            yield Seen(
-                pixels=np.rint(values.reshape(-1, *values.shape[-3:])).astype(np.int16),
-                embeddings=_flat(features).numpy(),
-                logits=logits.numpy(),
-                tokens=[token for token in said if token not in stops],
-            )
-
-
-def _flat(features: Any) -> torch.Tensor:
-    """What a model of any release returns for one picture's features, as [n_tokens, n_embd]."""
-    features = getattr(features, "pooler_output", features)
-    if isinstance(features, (list, tuple)):
-        features = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
-    return features.reshape(-1, features.shape[-1])  # type: ignore[no-any-return]
-
-
 def _card(
     found: Sequence[Seen], exact: Sequence[Floats], expected: Sequence[Seen]
 ) -> dict[str, Any]:
@@ -197,8 +151,7 @@ def _card(
     errors = [np.abs(e - t.embeddings).max() for e, t in zip(exact, expected, strict=True)]
     similar = np.concatenate([cosines(o.embeddings, t.embeddings) for o, t in pairs])
     spread = np.concatenate([t.embeddings for t in expected]).std()
-    return {
-        "reference": f"transformers {transformers.__version__}, float32",
+    card = {
         "photos": len(pairs),
         "pixels_max_difference": max(int(np.abs(o.pixels - t.pixels).max()) for o, t in pairs)
         if same_tiles
@@ -213,10 +166,14 @@ def _card(
         "greedy_tokens": [len(theirs.tokens) for _, theirs in pairs],
         "greedy_tokens_equal": [_common(ours.tokens, theirs.tokens) for ours, theirs in pairs],
     }
+    if any(seen.places for seen in (*found, *expected)):
+        card["places"] = [len(theirs.places) for _, theirs in pairs]
+        card["places_equal"] = [_common(ours.places, theirs.places) for ours, theirs in pairs]
+    return card
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two answers begin alike."""
+def _common(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many tokens or places two answers begin alike with."""
     different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(different, min(len(a), len(b)))
 

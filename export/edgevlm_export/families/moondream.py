@@ -66,6 +66,11 @@ def parts(checkpoint: Checkpoint, options: Options) -> Parts:
     vision = section(declared.get("vision") or {}, _VISION, where)
     n_heads = vision.get("enc_n_heads")
     tower = crops.shape(checkpoint, n_heads)
+    if tower.n_embd != config["hidden_size"]:
+        raise BundleError(
+            f"{checkpoint.directory}: the projector gives {tower.n_embd} values, the language "
+            f"model takes {config['hidden_size']}: they belong to two models"
+        )
     vocab = vocabulary.read(checkpoint, config["vocab_size"])
     tokens = releases.tokens(checkpoint, release, declared, vocab.ids)
     releases.check_ids(checkpoint, release, tokens, config["vocab_size"])
@@ -80,11 +85,11 @@ def parts(checkpoint: Checkpoint, options: Options) -> Parts:
         graph,
         phi2.plan(checkpoint, config, vocab, tokens["eos_id"]),
         {
-            "image": _image(release, tower, vision, n_tokens),
+            "image": image_section(release, tower, vision, n_tokens),
             "prompt": releases.prompt_section(release, tokens),
             "generation": releases.generation_section(release, tokens),
             **({"region": {"log_sizes": release != LINEAR_SIZES}} if prefix else {}),
-            "card": _card(release),
+            "card": card(release),
         },
         {"region.npz": _region(checkpoint, config["hidden_size"])} if prefix else {},
     )
@@ -140,10 +145,10 @@ def release_of(checkpoint: Checkpoint, named: str | None) -> str:
 
 
 def _possible(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if "region.coord_encoder.weight" in checkpoint:
+    if any(name.startswith("region.") for name in checkpoint.names):
         return (LINEAR_SIZES, LOG_SIZES, STARMIE)
-    width = checkpoint.shape("vision.patch_emb.weight")[0]
-    read = checkpoint.shape("vision.proj_mlp.fc1.weight")[1]
+    width = checkpoint.axes("vision.patch_emb.weight", 2)[0]
+    read = checkpoint.axes("vision.proj_mlp.fc1.weight", 2)[1]
     return (ONE_CROP,) if read == width else (GRID,)
 
 
@@ -177,7 +182,7 @@ def _text_config(checkpoint: Checkpoint, declared: dict[str, Any]) -> dict[str, 
     return config
 
 
-def _image(
+def image_section(
     release: str, tower: crops.Tower, vision: dict[str, Any], n_tokens: int
 ) -> dict[str, Any]:
     overlapping = release not in (ONE_CROP, GRID)
@@ -198,12 +203,12 @@ def _region(checkpoint: Checkpoint, n_embd: int) -> dict[str, Load]:
     arrays: dict[str, Load] = {}
     for kind, n_values in (("coord", 1), ("size", 2)):
         features = f"region.{kind}_features"
-        rows, columns = checkpoint.shape(features)
+        rows, columns = checkpoint.axes(features, 2)
         turned = rows != n_values  # older names hold the matrix of a Linear
         n_features = rows if turned else columns
         checkpoint.expect(features, *((n_features, n_values) if turned else (n_values, n_features)))
         arrays[f"{kind}_features"] = _matrix(checkpoint, features, turned)
-        inner, out = (checkpoint.shape(f"region.{kind}_decoder.fc{n}.weight")[0] for n in (1, 2))
+        inner, out = (checkpoint.axes(f"region.{kind}_decoder.fc{n}.weight", 2)[0] for n in (1, 2))
         for layer, shape in (
             (f"{kind}_encoder", (n_embd, 2 * n_features)),
             (f"{kind}_decoder.fc1", (inner, n_embd)),
@@ -223,7 +228,7 @@ def _matrix(checkpoint: Checkpoint, name: str, turned: bool) -> Load:
     return load
 
 
-def _card(release: str) -> dict[str, Any]:
+def card(release: str) -> dict[str, Any]:
     points = release not in (ONE_CROP, GRID)
     return {
         "summary": f"Moondream2 as released on {release}: one picture, described or asked about",
