@@ -12,4 +12,7 @@ if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/
 fi
 
 ./install.sh dev
+# Optimum asks for an older transformers than the tests, so it lies beside, for tests/test_optimum.py.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+    --target .venv/optimum -r tests/optimum.txt
 exec .venv/bin/pytest "$@"

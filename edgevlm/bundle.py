@@ -41,6 +41,7 @@ _SHAPE: dict[str, Any] = {
     "card": dict,
 }
 _REQUIRED_FILES = ("vision.onnx", "language.gguf")
+_ADAPTER = re.compile(r"adapter-(?P<name>.+)\.gguf")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 # A file that changed less than this before it was hashed could change again within the same tick
@@ -69,6 +70,12 @@ class Bundle:
     def has(self, name: str) -> bool:
         return name in self.manifest["files"]
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters that can be switched on."""
+        found = map(_ADAPTER.fullmatch, self.manifest["files"])
+        return tuple(match["name"] for match in found if match)
+
     def sha256(self, name: str) -> str:
         return str(self.manifest["files"][name]["sha256"])
 
@@ -88,6 +95,17 @@ class Bundle:
                 return {key: stored[key].astype(np.float32, copy=False) for key in stored}
         except (OSError, ValueError) as error:
             raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def adapter_file(name: str) -> str:
+    """The file of a LoRA adapter that is switched at run time; "adapter.gguf" is always on.
+
+    Raises:
+        BundleError: not a name for a file.
+    """
+    if not _PLAIN_NAME.fullmatch(name):
+        raise BundleError(f"adapter name {name!r}: letters, digits, '_', '-' and '.' are allowed")
+    return f"adapter-{name}.gguf"
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -126,6 +144,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(
             f"{path} has format {manifest['format']}; this version reads {FORMAT}: {remedy}"
         )
+    if manifest.get("sha256", _checksum(manifest)) != _checksum(manifest):
+        raise BundleError(
+            f"{path} is not as it was written: pull or export the model again, or remove its "
+            "'sha256' if it was changed on purpose"
+        )
     check_shape(path, manifest, _SHAPE)
     for name, entry in manifest["files"].items():
         if not _PLAIN_NAME.fullmatch(name):
@@ -139,6 +162,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if missing:
         raise BundleError(f"{path} lists no {missing[0]}: export the model again")
     return manifest
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """What bundle.json holds: the manifest, and as "sha256" the checksum of all the rest."""
+    whole = {**manifest, "sha256": _checksum(manifest)}
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def check_shape(path: Path, section: Mapping[str, Any], shape: Mapping[str, Any]) -> None:

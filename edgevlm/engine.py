@@ -72,7 +72,11 @@ class VLM:
             bundle, self._family, settings, threads=self._threads, cancel=self._cancel
         )
         self._language = Language(
-            bundle, threads=self._threads, cancel=self._cancel, precise=settings.precise
+            bundle,
+            threads=self._threads,
+            cancel=self._cancel,
+            precise=settings.precise,
+            adapter=settings.adapter,
         )
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that holds the lock
@@ -231,6 +235,17 @@ class VLM:
         """Run the vision model alone; the result is accepted wherever a picture is."""
         with self._exclusive():
             return self._encoder.encode(self._encoder.open(picture), Meter())
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with this LoRA adapter of the bundle from now on, or with none.
+
+        What was read of pictures and conversations is read again; encoded pictures stay valid.
+
+        Raises:
+            BundleError: the model has no adapter of this name.
+        """
+        with self._exclusive():
+            self._language.use_adapter(name)
 
     def question_for(self, length: str) -> str:
         """The question that `describe` asks this model."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from edgevlm import device, probe
 from edgevlm.answer import EncodedImage, FinishReason
-from edgevlm.bundle import Bundle
+from edgevlm.bundle import Bundle, adapter_file
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BundleError, ContextOverflow, PromptError
 from edgevlm.llama import BATCH_TOKENS, Context, Model, Sampler
@@ -52,7 +53,13 @@ class Language:
     """The language model of a bundle and its cache."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int, cancel: Cancel, precise: bool = False
+        self,
+        bundle: Bundle,
+        *,
+        threads: int,
+        cancel: Cancel,
+        precise: bool = False,
+        adapter: str | None = None,
     ) -> None:
         """Raises BundleError when the language file does not belong to this bundle."""
         self._cancel = cancel
@@ -68,6 +75,7 @@ class Language:
                 f"language.gguf takes {self._model.n_embd}-wide embeddings; bundle.json says "
                 f"{expected}: export both again"
             )
+        self._adapters = self._adapter_files(adapter)
         self._context = self._new_context(
             bundle.manifest["n_ctx"], taps_hidden=bundle.has("region.npz")
         )
@@ -96,8 +104,7 @@ class Language:
             n_batch=max(BATCH_TOKENS, bundle.manifest["image"].get("bidirectional_tokens", 0)),
             **further,
         )
-        if bundle.has("adapter.gguf"):
-            context.apply_adapter(bundle.file("adapter.gguf"))
+        context.set_adapters(self._adapters)
         return context
 
     def tokenize(self, segments: Sequence[Segment]) -> Prompt:
@@ -151,6 +158,26 @@ class Language:
             return self._model.tokenize(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with this LoRA adapter from now on, or with none that can be switched.
+
+        Raises:
+            BundleError: the model has no adapter of this name.
+            BackendError: llama.cpp cannot load it.
+        """
+        self._adapters = self._adapter_files(name)
+        self._context.set_adapters(self._adapters)
+        self._forget_from(0)  # keys and values of another model, in effect
+
+    def _adapter_files(self, name: str | None) -> list[Path]:
+        known = self._bundle.adapters
+        if name is not None and name not in known:
+            raise BundleError(
+                f"{self._bundle.path} has no adapter {name!r}; it has: {', '.join(known) or 'none'}"
+            )
+        files = ["adapter.gguf", *([adapter_file(name)] if name is not None else [])]
+        return [self._bundle.file(file) for file in files if self._bundle.has(file)]
 
     def set_threads(self, threads: int) -> None:
         """For the calls that follow."""

@@ -189,14 +189,15 @@ class Context:
         self._n_batch: int = params.n_batch
         self.n_ctx = n_ctx
 
-    def apply_adapter(self, path: Path) -> None:
-        """Use a LoRA adapter in all that follows.
+    def set_adapters(self, files: Sequence[Path]) -> None:
+        """Use these LoRA adapters, and no others, in all that follows.
 
         Raises:
-            BackendError: not an adapter of this model.
+            BackendError: one is not an adapter of this model.
         """
-        one = (lib.llama_adapter_lora_p_ctypes * 1)(self._model.adapter(path))
-        lib.llama_set_adapters_lora(self.handle, one, 1, (ctypes.c_float * 1)(1.0))
+        n = len(files)
+        handles = (lib.llama_adapter_lora_p_ctypes * n)(*map(self._model.adapter, files))
+        lib.llama_set_adapters_lora(self.handle, handles, n, (ctypes.c_float * n)(*[1.0] * n))
 
     def decode(
         self, rows: Sequence[int] | NDArray[np.float32], position: int, sequence: int = 0

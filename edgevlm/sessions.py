@@ -23,12 +23,16 @@ ERRORS_ONLY = 3  # ORT's log severity
 class Session:
     """One ONNX graph with one output."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, *, prepack: bool = True) -> None:
+        """Without `prepack` weights that lie in a file of their own stay there, mapped: slower,
+        and memory that the system can take back."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = ERRORS_ONLY
         options.enable_cpu_mem_arena = False  # the arena keeps the largest batch it ever saw
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no base class of their own

@@ -25,6 +25,7 @@ class Settings:
         precise: float32 keys and values, to compare with a reference.
         cache: keep image embeddings, in memory and on disk; the same photo is not encoded again.
         cache_bytes: what they may take on disk, those of all processes together.
+        adapter: name of a LoRA adapter in the bundle; `VLM.use_adapter` switches it later.
     """
 
     threads: int | None = None
@@ -34,6 +35,7 @@ class Settings:
     precise: bool = False
     cache: bool = True
     cache_bytes: int = DEFAULT_CACHE_BYTES
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for values outside their range."""

@@ -14,7 +14,7 @@ from edgevlm_export.nano import adapter
 from PIL import Image
 from test_llava_parity import PROMPTS, _ours, _reference
 
-from edgevlm.bundle import MANIFEST, file_sha256
+from edgevlm.bundle import MANIFEST, file_sha256, manifest_text
 
 
 def test_an_adapted_model_answers_as_transformers_does(
@@ -47,4 +47,4 @@ def _add_to(bundle: Path, learned: dict[str, torch.Tensor], config: object) -> N
     adapter.write(file, learned, heads, kv_heads, np.float32)
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    (bundle / MANIFEST).write_text(manifest_text(manifest))

@@ -45,9 +45,10 @@ def test_the_exporter_has_one_importer_of_llama_cpp() -> None:
     assert found == ["quantize.py"]
 
 
-def test_the_exporter_needs_no_torch_but_for_oracles_and_to_train_nano() -> None:
+def test_the_exporter_needs_no_torch_but_to_verify_to_trace_and_to_train_nano() -> None:
+    needed = ("reference.py", "optimum.py")
     for path in EXPORT:
-        if not {"nano", "oracles"} & {*path.parts}:
+        if not {"nano", "oracles"} & {*path.parts} and path.name not in needed:
             assert not imports(path) & {"torch", "transformers"}, path
 
 
@@ -67,6 +68,16 @@ def test_family_names_stay_in_families() -> None:
 def test_runtime_and_exporter_have_the_same_families() -> None:
     exported = {path.stem for path in (ROOT / "export/edgevlm_export/families").glob("[!_]*.py")}
     assert exported == set(families.names())
+
+
+def test_the_guide_tells_how_long_the_smallest_families_are() -> None:
+    guide = (ROOT / "docs/adding-a-family.md").read_text()
+    told = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \|", guide, re.MULTILINE)
+    assert len(told) > 3
+    for name, *counts in told:
+        for room, count in zip(("edgevlm", "export/edgevlm_export"), counts, strict=True):
+            n_lines = len((ROOT / room / "families" / f"{name}.py").read_text().splitlines())
+            assert abs(n_lines - int(count)) <= 10, f"{room}/families/{name}.py: {n_lines} lines"
 
 
 def test_every_c_function_is_bound() -> None:

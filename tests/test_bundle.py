@@ -15,7 +15,7 @@ import pytest
 
 from edgevlm import bundle as bundles
 from edgevlm import paths
-from edgevlm.bundle import MANIFEST, open_bundle, read_manifest
+from edgevlm.bundle import MANIFEST, manifest_text, open_bundle, read_manifest
 from edgevlm.errors import BundleError
 
 PARTS = {
@@ -72,6 +72,17 @@ def change(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     edit(read)
     (bundle / MANIFEST).write_text(json.dumps(read))
     return bundle
+
+
+def test_a_changed_number_in_the_manifest_is_noticed(bundle: Path) -> None:
+    whole = manifest_text(json.loads((bundle / MANIFEST).read_text()))
+    (bundle / MANIFEST).write_text(whole)
+    open_bundle(bundle)
+    (bundle / MANIFEST).write_text(whole.replace('"n_ctx": 512', '"n_ctx": 513'))
+    with pytest.raises(BundleError, match="is not as it was written"):
+        open_bundle(bundle)
+    change(bundle, lambda m: m.pop("sha256"))  # as in bundles of the first exporter
+    assert open_bundle(bundle).manifest["n_ctx"] == 513
 
 
 def flip(path: Path, at: int) -> None:

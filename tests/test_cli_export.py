@@ -47,6 +47,7 @@ def test_the_default_is_what_a_cpu_wants(
 def test_the_choices_are_the_exporters() -> None:
     assert cli_export.LANGUAGES == edgevlm_export.LANGUAGES
     assert cli_export.VISIONS == edgevlm_export.VISIONS
+    assert cli_export.EXPORTERS == edgevlm_export.EXPORTERS
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from PIL import Image
 
 import edgevlm
 from edgevlm import VLM, preprocess, vision
+from edgevlm.bundle import manifest_text
 
 QUESTION = "What is in the picture?"
 
@@ -347,6 +348,6 @@ def test_parts_of_two_models_are_refused_with_both_widths(bundle: Path, tmp_path
     manifest = json.loads((mixed / "bundle.json").read_text())
     theirs = json.loads((other / "bundle.json").read_text())
     manifest["files"]["vision.onnx"] = theirs["files"]["vision.onnx"]
-    (mixed / "bundle.json").write_text(json.dumps(manifest))
+    (mixed / "bundle.json").write_text(manifest_text(manifest))
     with pytest.raises(edgevlm.BundleError, match=r"128-wide.*64"):
         edgevlm.load(mixed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from edgevlm_export import export
+from edgevlm_export import bundle, export
 from safetensors.torch import load_file, save_file
 
 from edgevlm.bundle import open_bundle
@@ -223,7 +224,15 @@ def test_a_killed_export_leaves_nothing_that_opens(tmp_path: Path) -> None:
     assert result.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("bundle.json"))
-    export(tmp_path / "in", tmp_path / "out")
+    (left,) = tmp_path.glob(".out.partial-*")
+    other = tmp_path / ".outer.partial-0"
+    other.mkdir()
+    with bundle.writing(tmp_path / "out") as alive:  # another export, in the middle of its work
+        assert not left.exists()
+        export(tmp_path / "in", tmp_path / "out")
+        assert alive.exists()
+        shutil.rmtree(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "in", "out"]
 
 
 def test_no_torch_and_no_transformers_at_run_time(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_layout_is_one_tile_with_the_numbers_of_the_bundle(fit: str) -> None:
     [
         ("fit", "squash"),
         ("resample", "nearest"),
-        ("patch_px", 13),
+        ("patch_px", 57),
         ("patch_px", 0),
         ("patch_px", -14),
         ("size_px", 0),

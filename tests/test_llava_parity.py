@@ -44,6 +44,22 @@ def test_logits_and_greedy_tokens_equal_transformers(
     assert ids == expected_ids
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_side_that_is_no_multiple_of_the_patch(
+    tmp_path: Path, picture: Image.Image, tower: str
+) -> None:
+    """siglip-so400m-patch14-384, which nanoLLaVA, Bunny and Mantis have: 27 patches, 6 px left."""
+    selection = {"vision_feature_select_strategy": {"clip": "default", "siglip": "full"}[tower]}
+    reference = tiny.llava(tmp_path / "in", tower, seed=3, config=selection, image_px=62)
+    export(tmp_path / "in", tmp_path / "bundle", language="f32")
+    expected_ids, expected_logits = _reference(
+        tmp_path / "in", reference, [picture], PROMPTS["llama"]
+    )
+    ids, logits = _ours(tmp_path / "bundle", [picture])
+    np.testing.assert_allclose(logits, expected_logits, atol=2e-3, rtol=0)
+    assert ids == expected_ids
+
+
 def test_both_pictures_of_a_question_are_seen(tmp_path: Path, picture: Image.Image) -> None:
     checkpoint = tmp_path / "checkpoint"
     reference = tiny.llava(checkpoint, seed=4)

@@ -1,4 +1,4 @@
-"""PEFT adapters, merged at export, against PEFT's own model."""
+"""PEFT adapters, merged at export or switched at run time, against PEFT's own model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import pytest
 import tiny
 import torch
 from edgevlm_export import export
+from parity import LOGITS_ATOL
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_export_llava import TOLERANCE, Gguf, text_pair, vision_pair
+from test_llava_parity import PROMPTS, _reference
 from transformers import LlavaForConditionalGeneration
 
+import edgevlm
+from edgevlm.bundle import MANIFEST, file_sha256, manifest_text, open_bundle
+from edgevlm.cli import run
 from edgevlm.errors import BundleError
 
 # peft 0.21 still asks transformers 5.23 under the old name
@@ -122,3 +128,116 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(BundleError, match="has no lora_A and lora_B of one rank"):
         export(tmp_path / "in", tmp_path / "out", lora=tmp_path / "lora")
+
+
+EVERY_LINEAR = {
+    "llama": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+    "phi3": r".*language_model.*\.(qkv|o|gate_up|down)_proj",
+}
+
+
+def logits(vlm: edgevlm.VLM, picture: Image.Image) -> np.ndarray:
+    vlm.ask(picture, "What is in the picture?", max_tokens=1)
+    return vlm._language.logits()
+
+
+def expected_logits(
+    checkpoint: Path, model: LlavaForConditionalGeneration, picture: Image.Image, text: str
+) -> np.ndarray:
+    return _reference(checkpoint, model, [picture], PROMPTS[text])[1]
+
+
+@pytest.mark.parametrize("text", EVERY_LINEAR)
+def test_a_switched_adapter_computes_what_peft_computes(
+    text: str, tmp_path: Path, picture: Image.Image
+) -> None:
+    checkpoint = tmp_path / "in"
+    model = tiny.llava(checkpoint, text=text, seed=2)
+    expected = {None: expected_logits(checkpoint, model, picture, text)}
+    settings = {"a": {"r": 3}, "b": {"use_rslora": True, "alpha_pattern": {"down_proj": 9}}}
+    for name, setting in settings.items():
+        plain = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+        setting["target_modules"] = EVERY_LINEAR[text]
+        adapted = adapt(plain.eval(), tmp_path / name, **setting)
+        expected[name] = expected_logits(checkpoint, adapted, picture, text)
+    adapters = {name: tmp_path / name for name in settings}
+    bundle = export(checkpoint, tmp_path / "out", language="f32", adapters=adapters)
+    assert open_bundle(bundle).adapters == ("a", "b")
+    with edgevlm.load(bundle, precise=True, threads=1) as vlm:
+        for name in (None, "a", "b", None, "a"):
+            vlm.use_adapter(name)
+            found = logits(vlm, picture)
+            np.testing.assert_allclose(found, expected[name], atol=LOGITS_ATOL, rtol=0)
+        with pytest.raises(BundleError, match="has no adapter 'c'; it has: a, b"):
+            vlm.use_adapter("c")
+        np.testing.assert_allclose(logits(vlm, picture), found, atol=LOGITS_ATOL, rtol=0)
+    with edgevlm.load(bundle, precise=True, threads=1, adapter="b") as vlm:
+        np.testing.assert_allclose(logits(vlm, picture), expected["b"], atol=LOGITS_ATOL, rtol=0)
+    assert np.abs(expected["a"] - expected[None]).max() > 0.1
+    assert np.abs(expected["a"] - expected["b"]).max() > 0.1
+
+
+def test_an_adapter_that_is_always_on_stays_on(tmp_path: Path, picture: Image.Image) -> None:
+    for seed, name in enumerate(("a", "b")):
+        model = tiny.llava(tmp_path / "in", seed=2)
+        adapt(model, tmp_path / name, r=3 + seed, target_modules=LANGUAGE)
+    both = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    bundle = export(tmp_path / "in", tmp_path / "out", language="f32", adapters=both)
+    file = (bundle / "adapter-a.gguf").rename(bundle / "adapter.gguf")  # as nano has one
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["files"].pop("adapter-a.gguf")
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    (bundle / MANIFEST).write_text(manifest_text(manifest))
+    adapters = {"b": tmp_path / "b"}
+    merged = export(
+        tmp_path / "in", tmp_path / "m", language="f32", lora=tmp_path / "a", adapters=adapters
+    )
+    found = []
+    for one in (bundle, merged):
+        with edgevlm.load(one, precise=True, threads=1) as vlm:
+            before = logits(vlm, picture)
+            vlm.use_adapter("b")
+            found.append((before, logits(vlm, picture)))
+    np.testing.assert_allclose(found[0], found[1], atol=LOGITS_ATOL, rtol=0)
+    assert np.abs(found[0][0] - found[0][1]).max() > 0.1
+
+
+def test_what_cannot_be_switched_is_refused(tmp_path: Path) -> None:
+    tiny.llava(tmp_path / "in")
+    for name, settings, words in (
+        ("projector", {"target_modules": PROJECTOR}, "changes multi_modal_projector"),
+        ("whole", CASES["a module trained whole"], "changes multi_modal_projector"),
+        ("transposed", {"target_modules": LANGUAGE}, "lie transposed"),
+    ):
+        model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "in", dtype=torch.float32)
+        adapt(model, tmp_path / name, **settings)
+        if name == "transposed":
+            change_config(tmp_path / name, fan_in_fan_out=True)
+        with pytest.raises(BundleError, match=rf"{words}.*merge it \(--lora DIR\)|another model"):
+            export(tmp_path / "in", tmp_path / "out", adapters={"x": tmp_path / name})
+    with pytest.raises(BundleError, match=r"adapter name '\.\./x'"):
+        export(tmp_path / "in", tmp_path / "out", adapters={"../x": tmp_path / "whole"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_the_command_line(
+    tmp_path: Path, picture: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapt(tiny.llava(tmp_path / "in"), tmp_path / "lora", target_modules=LANGUAGE)
+    photo, out = tmp_path / "photo.png", str(tmp_path / "out")
+    picture.save(photo)
+    given = str(tmp_path / "lora")
+    command = ["export", str(tmp_path / "in"), "-o", out, "--llm", "f32", "--vision", "fp32"]
+    assert run([*command, "--lora", given, "--lora", given]) == 2
+    assert run([*command, "--lora", "nowhere=there"]) == 2
+    assert run([*command, "--lora", f"pets={given}"]) == 0
+    ask = ["ask", str(photo), "What is it?", "-m", out, "-n", "12", "-q"]
+    capsys.readouterr()
+    assert run(ask) == 0
+    plain = capsys.readouterr().out
+    assert run([*ask, "--adapter", "pets"]) == 0
+    assert capsys.readouterr().out != plain
+    assert run([*ask, "--adapter", "cars"]) == 5
+    assert "has no adapter 'cars'; it has: pets" in capsys.readouterr().err
+    assert run(["info", out]) == 0
+    assert "adapters: pets" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_moondream import RELEASES, moondream, starmie, tokenizer
 
 import edgevlm
+from edgevlm.bundle import manifest_text
 from edgevlm.errors import BundleError
 
 
@@ -215,7 +216,7 @@ def test_the_second_suffix_can_be_switched_off(tmp_path: Path, picture: Image.Im
     manifest = manifest_of(bundle)
     assert manifest["prompt"]["query"][-2:] == [[3], [3]]
     manifest["prompt"]["query"].pop()
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    (bundle / "bundle.json").write_text(manifest_text(manifest))
     with edgevlm.load(bundle) as vlm:
         assert vlm.ask(picture, "Who?", max_tokens=1).prompt_tokens == twice - 1
 

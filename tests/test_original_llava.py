@@ -15,9 +15,11 @@ import parity
 import pillow_oracle as oracle
 import pytest
 import tiny
+import tiny_llava_next
 import torch
 from edgevlm_export import export
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
@@ -119,6 +121,43 @@ def test_logits_and_greedy_tokens_equal_transformers(
     parity.assert_equal(found, expected)
 
 
+def test_tiles_are_those_of_the_same_checkpoint_in_transformers(tmp_path: Path) -> None:
+    """LLaVA-1.6: image_aspect_ratio anyres, pinpoints as (width, height)."""
+    tiny_llava_next.checkpoint(tmp_path / "in")
+    expected = export(tmp_path / "in", tmp_path / "expected", language="f32", prompt="vicuna")
+    file = tmp_path / "in" / "config.json"
+    config = json.loads(file.read_text())
+    stored = load_file(tmp_path / "in" / "model.safetensors")
+    newline = next(name for name in stored if name.endswith("image_newline"))
+    tiny.rename_tensors(
+        tmp_path / "in",
+        lambda name: "model.image_newline" if name == newline else original(name),
+    )
+    (tmp_path / "in" / "preprocessor_config.json").unlink()
+    pinpoints = [[width, height] for height, width in tiny_llava_next.PINPOINTS]
+    flat = {
+        **config["text_config"],
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": "someone/tiny",
+        "vision_config": config["vision_config"],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": pinpoints,
+    }
+    file.write_text(json.dumps(flat))
+    found = export(tmp_path / "in", tmp_path / "found", language="f32", prompt="vicuna")
+    for name in ("vision.onnx", "language.gguf"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes()
+    ours, theirs = (json.loads((b / "bundle.json").read_text()) for b in (found, expected))
+    assert ours["family"] == theirs["family"] == "llava_next"
+    assert ours["image"] == theirs["image"]
+    assert ours["prompt"]["image_token"] != theirs["prompt"]["image_token"]  # words tokenized apart
+    file.write_text(json.dumps({**flat, "mm_patch_merge_type": "flat"}))
+    with pytest.raises(BundleError, match="mm_patch_merge_type 'flat'"):
+        export(tmp_path / "in", tmp_path / "flat", prompt="vicuna")
+
+
 def test_a_tower_cut_above_the_read_layer_is_enough(tmp_path: Path) -> None:
     """Bunny and nanoLLaVA store SigLIP without its last layer, which layer -2 does not need."""
     checkpoint(tmp_path / "in", "LlavaQwen2ForCausalLM", "siglip", "qwen2")
@@ -135,7 +174,8 @@ def test_a_tower_cut_above_the_read_layer_is_enough(tmp_path: Path) -> None:
     [
         ({"architectures": ["LlavaMptForCausalLM"]}, "LlavaMptForCausalLM"),
         ({"mm_projector_type": "linear"}, "mm_projector_type 'linear'"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio 'anyres_max_9'"),
+        ({"use_s2": True}, "use_s2"),
         ({"vision_config": None}, "'someone/tiny'"),
     ],
 )

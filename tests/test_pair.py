@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_llava_next
 import torch
 from edgevlm_export import export, export_pair
 from gguf import GGMLQuantizationType, GGUFWriter, quants
@@ -41,9 +42,11 @@ def write_mmproj(
     kind: str = "F32",
     modern: bool = False,
     n_layers: int | None = None,
+    pinpoints: list[list[int]] | None = None,
+    newline: bool = True,
 ) -> Path:
     """As tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py; `modern` names the halves of
-    the MLP for what they are and the layer that is read."""
+    the MLP for what they are and the layer that is read; `pinpoints` are 1.6's (width, height)."""
     vision = model.config.vision_config
     state = {n.removeprefix("model."): v.numpy() for n, v in model.state_dict().items()}
     n_layers = n_layers or vision.num_hidden_layers - 1  # feature layer -2
@@ -86,6 +89,12 @@ def write_mmproj(
             add(f"v.pre_ln.{part}", f"vision_tower.pre_layrnorm.{part}")
     else:
         add("v.patch_embd.bias", f"{embeddings}patch_embedding.bias")
+    if pinpoints is not None:
+        flat = [side for pinpoint in pinpoints for side in pinpoint]
+        writer.add_array("clip.vision.image_grid_pinpoints", flat)
+        writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
+        if newline:
+            add("model.image_newline", "image_newline")
     names = {**LAYER, "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"} if modern else LAYER
     for layer in range(n_layers):
         for source, name in names.items():
@@ -159,6 +168,30 @@ def test_the_chat_template_in_the_file_chooses_the_prompt(tmp_path: Path) -> Non
     subprocess.run([*command, "--chat-template", tiny.VICUNA], check=True, capture_output=True)
     bundle = export_pair(told, mmproj, tmp_path / "out")
     assert json.loads((bundle / "bundle.json").read_text())["prompt"]["generate"] == "ASSISTANT:"
+
+
+def test_a_pair_of_llava_1_6_sees_the_tiles_of_its_checkpoint(
+    tmp_path: Path, picture: Image.Image
+) -> None:
+    model = tiny_llava_next.checkpoint(tmp_path / "in")
+    own = export(tmp_path / "in", tmp_path / "own", language="f32")
+    pinpoints = [[width, height] for height, width in tiny_llava_next.PINPOINTS]
+    mmproj = write_mmproj(tmp_path / "mmproj.gguf", model, pinpoints=pinpoints)
+    language = own / "language.gguf"
+    bundle = export_pair(language, mmproj, tmp_path / "out", prompt="vicuna")
+    manifests = [json.loads((b / "bundle.json").read_text()) for b in (bundle, own)]
+    for section in ("family", "image", "prompt", "generation"):
+        assert manifests[0][section] == manifests[1][section], section
+    for wide in (picture, picture.resize((300, 80))):
+        ids, logits = answer(bundle, [wide])
+        own_ids, own_logits = answer(own, [wide])
+        np.testing.assert_allclose(logits, own_logits, rtol=0, atol=1e-4)
+        assert ids == own_ids
+    one_view = export_pair(language, mmproj, tmp_path / "one", prompt="vicuna", fit="pad")
+    assert json.loads((one_view / "bundle.json").read_text())["family"] == "llava"
+    bare = write_mmproj(tmp_path / "bare.gguf", model, pinpoints=pinpoints, newline=False)
+    with pytest.raises(BundleError, match=r"lacks image_newline.*--fit pad"):
+        export_pair(language, bare, tmp_path / "no", prompt="vicuna")
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

@@ -80,6 +80,16 @@ def test_a_quantized_model_that_points_says_what_it_lost(tmp_path: Path, capsys:
     assert max(found["places_equal"]) < 10
 
 
+def test_a_tower_that_leaves_a_rest_is_compared_where_it_looks(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    tiny.llava(tmp_path / "in", image_px=62)
+    bundle = export(tmp_path / "in", tmp_path / "out", language="f32")
+    found = card(bundle, tmp_path / "in", capsys)
+    assert found["pixels_max_difference"] == 0
+    assert found["vision_fp32_max_error"] < 1e-4
+
+
 @pytest.mark.parametrize("family", [tiny_llava_next, tiny_idefics2, tiny_idefics3])
 def test_tiles_and_splits_are_compared_too(
     family: ModuleType, tmp_path: Path, capsys: Captured

@@ -27,6 +27,7 @@ from tokenizers import (
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Dinov2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -36,6 +37,7 @@ from transformers import (
     Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
+    ViTConfig,
 )
 
 IMAGE = "<image>"
@@ -131,8 +133,13 @@ def rename_tensors(path: Path, rule: Callable[[str], str]) -> None:
 
 def _vision_config(
     tower: str, image_px: int, patch_px: int, override: dict[str, object]
-) -> CLIPVisionConfig | SiglipVisionConfig:
-    kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]
+) -> CLIPVisionConfig | Dinov2Config | SiglipVisionConfig | ViTConfig:
+    kind = {
+        "clip": CLIPVisionConfig,
+        "siglip": SiglipVisionConfig,
+        "dinov2": Dinov2Config,
+        "vit": ViTConfig,
+    }[tower]
     shape = {
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -189,7 +196,7 @@ def randomise(model: torch.nn.Module) -> None:
 def _save_processors(
     path: Path, tower: str, prompt: str, tokenizer: Tokenizer, image_px: int
 ) -> None:
-    if tower == "clip":
+    if tower != "siglip":
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": image_px}, crop_size={"height": image_px, "width": image_px}
         )

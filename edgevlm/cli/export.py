@@ -15,7 +15,8 @@ from edgevlm.cli import options
 # Said here again so that `--help` needs neither gguf nor onnx; a test holds them equal.
 LANGUAGES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 VISIONS = ("fp32", "fp16", "int8")
-_CHECKPOINT_ONLY = ("family", "llm", "tokenizer", "lora", "imatrix")
+EXPORTERS = ("optimum",)
+_CHECKPOINT_ONLY = ("family", "llm", "tokenizer", "exporter", "lora", "imatrix")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -47,11 +48,19 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @options.option(
     "--release", help="Of a family whose checkpoints do not say which release they are."
 )
+@options.option(
+    "--exporter",
+    type=click.Choice(EXPORTERS),
+    help="What writes a vision tower that edgevlm does not write itself; needs edgevlm[verify].",
+)
 @options.option("--tokenizer", type=_FILE, help="A tokenizer.json instead of the checkpoint's own.")
 @options.option(
     "--lora",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Directory of a PEFT adapter to merge into the weights.",
+    multiple=True,
+    metavar="DIR|NAME=DIR",
+    callback=lambda _, __, given: _loras(given),
+    help="A PEFT adapter to merge into the weights, or to keep apart under a name: --adapter NAME "
+    "switches it on at run time. May be repeated.",
 )
 @options.option("--prompt", help="The language model's template, where the checkpoint names none.")
 @options.option("--fit", help="crop, pad or stretch, instead of what the checkpoint says.")
@@ -87,10 +96,29 @@ def command(context: click.Context, /, source: str, out: Path, **arguments: Any)
         else:
             more = {name: arguments[name] for name in _CHECKPOINT_ONLY if name != "llm"}
             language = arguments["llm"]
-            more |= {"language": language, "origin": origin}
+            merged, adapters = more["lora"]
+            more |= {"language": language, "origin": origin, "lora": merged, "adapters": adapters}
             exporter.export(path, out, **given, **more, progress=bars)
     if not arguments["quiet"]:
         click.echo(f"edgevlm: {out} is ready: edgevlm describe PHOTO -m {out}", err=True)
+
+
+def _loras(given: tuple[str, ...]) -> tuple[Path | None, dict[str, Path]]:
+    """The adapter to merge, and by name those to keep apart."""
+    merged: list[Path] = []
+    apart: dict[str, Path] = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        path = Path(directory if equals and not Path(text).is_dir() else text)
+        if not path.is_dir():
+            raise click.BadParameter(f"{path} is not a directory")
+        if path == Path(text):
+            merged.append(path)
+        elif apart.setdefault(name, path) != path:
+            raise click.BadParameter(f"two adapters are called {name}")
+    if len(merged) > 1:
+        raise click.BadParameter("one adapter can be merged; name the others: NAME=DIR")
+    return (merged[0] if merged else None), apart
 
 
 def _fetched(text: str) -> tuple[Path, dict[str, str]]:
@@ -114,6 +142,8 @@ def _refuse(context: click.Context, source: Path, arguments: dict[str, Any]) -> 
                 raise click.UsageError(
                     f"--{name} is for a checkpoint; a GGUF pair is kept as it is"
                 )
+    if arguments["exporter"] and find_spec("optimum") is None:
+        raise click.ClickException("this needs optimum-onnx: pip install 'edgevlm[verify]'")
     if arguments["imatrix"] and arguments["llm"] in ("f32", "f16"):
         raise click.UsageError("--imatrix is for a quantized --llm")
 

@@ -34,6 +34,7 @@ def command(model: str | None, as_json: bool) -> None:
         "sees": f"{image['size_px']}×{image['size_px']} px, {image['n_tokens']} tokens a picture",
         "context": f"{manifest['n_ctx']} tokens",
         "weights": ", ".join(f"{part} {kind}" for part, kind in manifest["quantization"].items()),
+        **({"adapters": ", ".join(opened.adapters)} if opened.adapters else {}),
         "disk": f"{opened.n_bytes / 1e6:.0f} MB in {_short(opened.path)}",
         "memory": f"about {memory.needed_bytes(opened) / 1e6:.0f} MB",
     }

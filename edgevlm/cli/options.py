@@ -38,6 +38,7 @@ def every(*decorators: Callable[[C], C]) -> Callable[[C], C]:
 
 model = every(
     option("-m", "--model", metavar="MODEL", help="Model name or bundle directory."),
+    option("--adapter", metavar="NAME", help="LoRA adapter of the model to answer with."),
     option("-t", "--threads", type=click.IntRange(1), help="Threads [default: physical cores]."),
     option(
         "--max-pixels",

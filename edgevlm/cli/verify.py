@@ -39,6 +39,12 @@ def command(
     from edgevlm.device import thread_budget
 
     card = verify(bundle, reference, pictures=photos, threads=thread_budget(threads))
+    if find_spec("optimum") is None:
+        click.echo(
+            "edgevlm: Optimum is not installed, so its export is not compared: "
+            "pip install 'edgevlm[verify]'",
+            err=True,
+        )
     if as_json:
         click.echo(json.dumps(card, indent=2))
         return

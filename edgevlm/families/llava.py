@@ -38,7 +38,7 @@ class Family(families.Family):
         for key, fits, expected in (
             ("fit", self._image["fit"] in _FITS, f"one of {', '.join(_FITS)}"),
             ("resample", self._image["resample"] in _FILTERS, f"one of {', '.join(_FILTERS)}"),
-            ("size_px", 0 < patch <= side and side % patch == 0, f"a multiple of {patch}"),
+            ("size_px", 0 < patch <= side, f"{max(patch, 1)} or more"),
             ("fill", len(fill) == 3 and all(v in range(256) for v in fill), "RGB, 0 to 255"),
             ("n_tokens", self._image["n_tokens"] > 0, "1 or more"),
         ):
@@ -47,6 +47,7 @@ class Family(families.Family):
 
     def layout(self, height: int, width: int) -> Layout:
         side: int = self._image["size_px"]
+        patch_px: int = self._image["patch_px"]
         fit: str = self._image["fit"]
         height_px, width_px = side, side
         if fit == "crop":  # short side to `side`, long side truncated (transformers)
@@ -58,8 +59,8 @@ class Family(families.Family):
         red, green, blue = self._image["fill"]
         return Layout(
             views=(view,),
-            tile_px=side,
-            patch_px=self._image["patch_px"],
+            tile_px=side - side % patch_px,  # whole patches, from the top left (384 px by 14)
+            patch_px=patch_px,
             channels_first=self._image["channels_first"],
             fill=(red, green, blue),
             n_tokens=self._image["n_tokens"],

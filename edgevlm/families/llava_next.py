@@ -47,7 +47,7 @@ class Family(families.Family):
                 raise BundleError(f"{path}: the grid {grid!r} is no pair of numbers")
             self._grids.append((grid[0], grid[1]))
         tiles = [n for grid in self._grids for n in grid]
-        if min(patch_px, *tiles, 1) < 1 or not tiles or self._tile_px % patch_px:
+        if min(patch_px, *tiles, 1) < 1 or not tiles or self._tile_px < patch_px:
             raise BundleError(f"{path}: the sizes of 'image' make no sense: export it again")
         self._side = self._tile_px // patch_px  # of a tile, in tokens
         newline = bundle.arrays("extra.npz").get("image_newline")
@@ -73,10 +73,11 @@ class Family(families.Family):
 
     def _layout(self, views: tuple[View, ...], n_more: int, picture_px: _Size) -> Layout:
         """`n_more` tokens follow those of the whole picture."""
+        patch_px: int = self._image["patch_px"]
         return Layout(
             views=views,
-            tile_px=self._tile_px,
-            patch_px=self._image["patch_px"],
+            tile_px=self._tile_px - self._tile_px % patch_px,  # whole patches, from the top left
+            patch_px=patch_px,
             channels_first=True,
             fill=_BLACK,
             n_tokens=self._side**2 + n_more,

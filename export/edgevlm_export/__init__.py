@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from .families import Parts
+    from .families import Arrays, Parts
     from .graph import Graph
 
-__all__ = ["LANGUAGES", "VISIONS", "export", "export_pair"]
+__all__ = ["EXPORTERS", "LANGUAGES", "VISIONS", "export", "export_pair"]
 
 LANGUAGES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 VISIONS = ("fp32", "fp16", "int8")
+EXPORTERS = ("optimum",)
 Progress: TypeAlias = Callable[[str, int, int], None]  # what, steps done, steps in all
 
 
@@ -35,7 +36,9 @@ def export(
     fit: str | None = None,
     tokenizer: Path | None = None,
     release: str | None = None,
+    exporter: str | None = None,
     lora: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
     imatrix: Path | None = None,
     photos: Sequence[Path] = (),
     threads: int | None = None,
@@ -51,7 +54,9 @@ def export(
         vision: one of VISIONS; int8 keeps in float what it would harm (see gate.py).
         tokenizer: a tokenizer.json to take instead of the checkpoint's own.
         release: of a family whose releases differ and whose checkpoint does not say which it is.
+        exporter: "optimum" for a tower that graph.py does not write (see optimum.py).
         lora: directory of a PEFT adapter, merged into the weights.
+        adapters: directories of PEFT adapters by name, to be switched at run time.
         imatrix: importance matrix for the quantized languages (imatrix.gguf).
         photos: what int8 is measured on, files or directories; by default drawn pictures.
         threads: by default the physical cores.
@@ -63,25 +68,34 @@ def export(
         BundleError: the checkpoint is incomplete, contradictory or not understood, or `out` is
             taken. Nothing is left behind.
     """
+    from edgevlm.bundle import adapter_file
     from edgevlm.device import thread_budget
+    from edgevlm.errors import BundleError
 
     from . import bundle, families
     from .checkpoint import Checkpoint
     from .lora import Lora
 
-    _check(language=language, vision=vision, imatrix=imatrix)
+    _check(language=language, vision=vision, imatrix=imatrix, exporter=exporter)
     report: Progress = progress or (lambda what, done, total: None)
     budget = thread_budget(threads)
     checkpoint = Checkpoint(source, tokenizer)
     adapter = Lora(lora) if lora is not None else None
     if adapter is not None:
         checkpoint.adapt(adapter)
+    switched = {adapter_file(key): Lora(path) for key, path in (adapters or {}).items()}
+    for one in switched.values():
+        checkpoint.accompany(one)
     name, module = families.find(checkpoint, family)
-    options = families.Options(prompt, fit, release)
+    options = families.Options(prompt, fit, release, exporter)
     parts = module.parts(checkpoint, options)
-    if adapter is not None:
-        adapter.check(checkpoint)
+    if exporter is not None and not parts.vision.has_inserted:
+        raise BundleError(f"exporter {exporter!r}: the towers of family {name!r} are written here")
+    for one in (*([adapter] if adapter else []), *switched.values()):
+        one.check(checkpoint)
     with bundle.writing(out) as directory:
+        for file, one in switched.items():
+            one.write(directory / file, parts.language)
         _write_language(parts, directory, language, imatrix, budget, report)
         shutil.copyfile(checkpoint.tokenizer, directory / "tokenizer.json")
         manifest = {
@@ -134,6 +148,7 @@ def export_pair(
     planned = pair.plan(model, mmproj, prompt, fit, release)
     with bundle.writing(out) as directory:
         shutil.copyfile(model, directory / "language.gguf")
+        _write_arrays(planned.arrays, directory, "float32")
         report("language", 1, 1)
         for name, content in planned.texts.items():
             (directory / name).write_text(content, encoding="utf-8")
@@ -148,11 +163,15 @@ def export_pair(
     return out
 
 
-def _check(*, language: str, vision: str, imatrix: Path | None) -> None:
+def _check(
+    *, language: str, vision: str, imatrix: Path | None, exporter: str | None = None
+) -> None:
     if language not in LANGUAGES:
         raise ValueError(f"language={language!r}; known: {', '.join(LANGUAGES)}")
     if vision not in VISIONS:
         raise ValueError(f"vision={vision!r}; known: {', '.join(VISIONS)}")
+    if exporter not in (None, *EXPORTERS):
+        raise ValueError(f"exporter={exporter!r}; known: {', '.join(EXPORTERS)}")
     if imatrix is not None and language in ("f32", "f16"):
         raise ValueError(f"an imatrix is for quantized languages; language={language!r}")
 
@@ -166,8 +185,6 @@ def _write_language(
     report: Progress,
 ) -> None:
     """language.gguf, through an f16 file of its own where llama.cpp quantizes; then the arrays."""
-    import numpy as np
-
     from . import gguf, quantize
 
     file = directory / "language.gguf"
@@ -181,8 +198,13 @@ def _write_language(
             imatrix=imatrix, threads=threads, progress=partial(report, f"language {kind}"),
         )  # fmt: skip
         whole.unlink()
-    for name, arrays in parts.arrays.items():
-        dtype = np.float32 if kind == "f32" else np.float16
+    _write_arrays(parts.arrays, directory, "float32" if kind == "f32" else "float16")
+
+
+def _write_arrays(files: Mapping[str, Arrays], directory: Path, dtype: str) -> None:
+    import numpy as np
+
+    for name, arrays in files.items():
         values: dict[str, Any] = {key: load().astype(dtype) for key, load in arrays.items()}
         np.savez(directory / name, **values)
 

@@ -1,21 +1,23 @@
 """Parts of a model → a bundle directory that opens only when it is whole.
 
 Files go to a hidden sibling directory; bundle.json, with every file's size and SHA-256, is written
-last, then one rename makes the bundle appear. An interrupted export leaves nothing that opens.
+last, then one rename makes the bundle appear. An interrupted export leaves nothing that opens;
+what a killed one left behind, the next one into the same place removes.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from edgevlm.bundle import FORMAT, MANIFEST, file_sha256
+from edgevlm.bundle import FORMAT, MANIFEST, file_sha256, manifest_text
 from edgevlm.errors import BundleError
 
 EXPORTER = "0.1.0"
@@ -37,17 +39,47 @@ def writing(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(f"{out} already exists and is not empty: remove it or name another")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _fresh(out) as partial:
+            try:
+                yield partial
+                partial.replace(out)
+            except BaseException:
+                shutil.rmtree(partial)
+                raise
+    except OSError as error:  # a full disk, a source that went away
+        raise BundleError(f"{out} could not be written: {error}") from error
+
+
+@contextmanager
+def _fresh(out: Path) -> Iterator[Path]:
+    """A new directory beside `out`, once those of killed exports are gone.
+
+    A lock on it says that its process lives; locking the parent keeps two exports from taking a
+    directory that is not locked yet for one that is left over.
+    """
+    prefix = f".{out.name}.partial-"
+    partial = out.parent / f"{prefix}{secrets.token_hex(4)}"
+    with ExitStack() as lives:
+        with _locked(out.parent):
+            for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+                with suppress(BlockingIOError), _locked(left, fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+            partial.mkdir()
+            lives.enter_context(_locked(partial))
         yield partial
-        partial.replace(out)
-    except BaseException as error:
-        shutil.rmtree(partial)
-        if isinstance(error, OSError):  # a full disk, a source that went away
-            raise BundleError(f"{out} could not be written: {error}") from error
-        raise
+
+
+@contextmanager
+def _locked(directory: Path, flag: int = 0) -> Iterator[None]:
+    """The lock goes with the process, however it ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flag)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def seal(directory: Path, manifest: dict[str, Any]) -> None:
@@ -58,7 +90,6 @@ def seal(directory: Path, manifest: dict[str, Any]) -> None:
     }
     whole = {"format": FORMAT, "exporter": EXPORTER, **manifest, "files": files}
     with (directory / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump(whole, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(manifest_text(whole))
         stream.flush()
         os.fsync(stream.fileno())

@@ -61,10 +61,16 @@ class Checkpoint:
         self.config = config
         self._entries = _entries(directory)
         self._adapter: Adapter | None = None
+        self._renamed: list[Adapter] = []
 
     def adapt(self, adapter: Adapter) -> None:
         """From now on `get` gives the tensors with `adapter` merged into them."""
         self._adapter = adapter
+        self.accompany(adapter)
+
+    def accompany(self, adapter: Adapter) -> None:
+        """`adapter`'s tensors are renamed with the checkpoint's from now on."""
+        self._renamed.append(adapter)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The object in the JSON file `name`, or None when there is no such file."""
@@ -87,8 +93,8 @@ class Checkpoint:
                 raise BundleError(f"{self.directory} holds {new} twice, once as {name}")
             renamed[new] = entry
         self._entries = renamed
-        if self._adapter is not None:
-            self._adapter.rename(rule)
+        for adapter in self._renamed:
+            adapter.rename(rule)
 
     @property
     def names(self) -> tuple[str, ...]:

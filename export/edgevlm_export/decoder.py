@@ -8,6 +8,7 @@ understood, and tensors that nothing reads, are refused.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,19 +257,18 @@ def _norms(checkpoint: Checkpoint, n_embd: int, layer: int) -> list[Tensor]:
 
 def _plain(checkpoint: Checkpoint, source: str, target: str, *shape: int) -> Tensor:
     checkpoint.expect(source, *shape)
-    return Tensor(target, shape, lambda: checkpoint.get(source))
+    return Tensor(target, shape, lambda: checkpoint.get(source), source)
 
 
 def _interleaved(tensor: Tensor, n_heads: int) -> Tensor:
     """Rows of q or k as llama.cpp's rope pairs them: (0, 1), (2, 3)… instead of (0, d/2), …"""
 
-    def load() -> Array:
-        values = tensor.load()
+    def paired(values: Array) -> Array:
         halves = values.reshape(n_heads, 2, -1, *values.shape[1:])
-        paired: Array = halves.swapaxes(1, 2).reshape(values.shape)
-        return paired
+        rows: Array = halves.swapaxes(1, 2).reshape(values.shape)
+        return rows
 
-    return Tensor(tensor.name, tensor.shape, load)
+    return replace(tensor, load=lambda: paired(tensor.load()), rows=paired)
 
 
 def _rope_factors(text: dict[str, Any]) -> list[Tensor]:

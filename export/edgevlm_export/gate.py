@@ -147,7 +147,7 @@ class Gate:
         if self._progress is not None:  # fp32, int8 and the probe; then the bisection
             most = 4 + len(self._layers).bit_length()
             self._progress(self._n_sessions, most)
-        return Session(path, self._threads)
+        return Session(path, self._threads, prepack=False)
 
 
 def family_of(directory: Path, manifest: Mapping[str, Any]) -> Family:

@@ -38,6 +38,8 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     load: Callable[[], Array]
+    source: str = ""  # the checkpoint's tensor that it is made from alone, in whole rows
+    rows: Callable[[Array], Array] | None = None  # what brings these rows into llama.cpp's order
 
 
 @dataclass(frozen=True)

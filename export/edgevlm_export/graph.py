@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +27,7 @@ Array: TypeAlias = npt.NDArray[np.float32]
 Load: TypeAlias = Callable[[], Array]
 Progress: TypeAlias = Callable[[int, int], None]  # weights written, weights in all
 
-_OPSET = 17
+OPSET = 17
 _IR_VERSION = 8  # the version of opset 17's first release; every supported ONNX Runtime reads it
 _PROTOBUF_LIMIT_BYTES = 2**31 - 1
 _ALIGNMENT_BYTES = 4096  # so that external data can be mapped
@@ -78,7 +79,7 @@ class Model:
         model = helper.make_model(
             graph,
             ir_version=_IR_VERSION,
-            opset_imports=[helper.make_opsetid(d, 1 if d else _OPSET) for d in domains],
+            opset_imports=[helper.make_opsetid(d, 1 if d else OPSET) for d in domains],
             producer_name="edgevlm",
         )
         with path.open("wb") as stream:
@@ -127,6 +128,7 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self.input("patches", np.uint8, ["tiles", n_patches, patch_values])
         self._outputs: list[onnx.ValueInfoProto] = []
+        self.has_inserted = False
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
         """One more input, which the family's `graph_inputs` feeds; a name is a dynamic axis."""
@@ -176,6 +178,30 @@ class Graph:
         mean = self.op("ReduceMean", self.op("Mul", value, value), axes=[-1])
         root = self.op("Sqrt", self.op("Add", mean, self.constant(eps, np.float32)))
         return self.op("Mul", self.op("Div", value, root), scale)
+
+    def insert(self, other: onnx.GraphProto, inputs: Mapping[str, str]) -> dict[str, str]:
+        """Add another graph's nodes; its `inputs` become values of this one.
+
+        Gives the new names of its values. Its initializers must be in memory.
+        """
+        names = dict(inputs)
+        values = {tensor.name: numpy_helper.to_array(tensor) for tensor in other.initializer}
+        outputs = [name for node in other.node for name in node.output]
+        names |= {name: f"inserted/{name}" for name in (*values, *outputs) if name}
+        for name, array in values.items():
+            if array.dtype == np.float32 and array.ndim:
+                self._weights[names[name]] = (array.shape, partial(np.asarray, array))
+            else:
+                self._small.append(numpy_helper.from_array(array, names[name]))
+        for node in other.node:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = f"inserted/{node.name}"
+            copy.input[:] = [names.get(name, name) for name in node.input]
+            copy.output[:] = [names.get(name, name) for name in node.output]
+            self._nodes.append(copy)
+        self.has_inserted = True
+        return names
 
     def activation(self, value: str, kind: str) -> str:
         if kind not in _ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter → the tensors of a checkpoint with it merged in, one at a time.
+"""A PEFT LoRA adapter → a checkpoint's tensors with it merged in, or llama.cpp's adapter file.
 
 W + s · B A (arXiv 2106.09685), s = alpha / r, or alpha / √r where rank-stabilised. Modules that
 were trained whole take the place of the checkpoint's. Other kinds of adapter are refused.
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from gguf import GGUFType, GGUFWriter
 
 from edgevlm.errors import BundleError
 
 from .checkpoint import Checkpoint, Entry, header, read
+from .gguf import Array, Language
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -46,9 +47,14 @@ class _Pair:
     def shape(self) -> tuple[int, int]:
         return self.high.shape[0], self.low.shape[1]
 
-    def delta(self, name: str) -> npt.NDArray[np.float32]:
-        product = read(f"{name} (lora_B)", self.high) @ read(f"{name} (lora_A)", self.low)
-        return np.asarray(self.scale * product, np.float32)
+    def factors(self, name: str) -> tuple[Array, Array]:
+        """A and s · B."""
+        low = read(f"{name} (lora_A)", self.low)
+        return low, np.asarray(self.scale * read(f"{name} (lora_B)", self.high), np.float32)
+
+    def delta(self, name: str) -> Array:
+        low, high = self.factors(name)
+        return high @ low
 
 
 class Lora:
@@ -68,6 +74,8 @@ class Lora:
                 module = name.removesuffix(".lora_A.weight")
                 other = entries.get(stored.replace(".lora_A.", ".lora_B."))
                 self._pairs[f"{module}.weight"] = _pair(directory, config, module, entry, other)
+            elif name.endswith(".base_layer.weight"):
+                continue  # the frozen layer's own, which peft saves with adapters on the vocabulary
             elif ".lora_" in name:
                 if not name.endswith(".lora_B.weight"):
                     raise BundleError(f"{stored} in {directory} is not part of a linear layer")
@@ -92,7 +100,36 @@ class Lora:
                     f"{checkpoint.directory}: it was trained on another model"
                 )
 
-    def merged(self, name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def write(self, path: Path, language: Language) -> None:
+        """Write llama.cpp's adapter for a language model (format: its convert_lora_to_gguf.py).
+
+        Raises:
+            BundleError: the adapter changes more than linear layers of the language model.
+        """
+        targets = {tensor.source: tensor for tensor in language.tensors if tensor.source}
+        other = next((name for name in (*self._pairs, *self._whole) if name not in targets), None)
+        trained = next(iter(self._whole), other)
+        if trained is not None or self._transposed:
+            raise BundleError(
+                f"{self._directory} changes {trained or 'layers that lie transposed'}: only linear "
+                "layers of the language model can be switched at run time; merge it (--lora DIR)"
+            )
+        writer = GGUFWriter(path, language.arch)
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 0.0)  # no further scale: each B has its own
+        for name, pair in self._pairs.items():
+            tensor = targets[name]
+            low, high = pair.factors(name)
+            high = tensor.rows(high) if tensor.rows else high
+            writer.add_tensor(f"{tensor.name}.lora_a", low)
+            writer.add_tensor(f"{tensor.name}.lora_b", np.ascontiguousarray(high))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def merged(self, name: str, values: Array) -> Array:
         if name in self._whole:
             values = read(name, self._whole[name])
         if name in self._pairs:

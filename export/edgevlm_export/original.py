@@ -8,6 +8,7 @@ llava/model/multimodal_encoder; BAAI-DCAI/Bunny, bunny/model).
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import BundleError
@@ -15,6 +16,7 @@ from edgevlm.errors import BundleError
 from . import tower
 from .checkpoint import Checkpoint, Config, Kinds, section
 
+PROCESSORS = CLIP, SIGLIP = "CLIPImageProcessor", "SiglipImageProcessor"
 MARK = "<image>"  # where a picture belongs; words before and after it are tokenized apart
 _ARCHITECTURE = re.compile(r"(?P<by>Llava|Bunny)(?P<text>[A-Z][A-Za-z0-9]*)ForCausalLM")
 _TEXT = {"Llama": "llama", "Mistral": "mistral", "Phi3": "phi3", "Qwen": "qwen2", "Qwen2": "qwen2"}
@@ -25,6 +27,7 @@ _KINDS: Kinds = {
     "mm_vision_select_feature": str,
     "image_aspect_ratio": str,
     "vision_config": dict,
+    "image_grid_pinpoints": list,
 }
 _TOWERS: dict[str, Config] = {
     "clip-vit-large-patch14-336": tower.CLIP_L_336,
@@ -38,12 +41,18 @@ _TOWERS: dict[str, Config] = {
         "patch_size": 14,
     },
 }
-_FITS = {"pad": "pad", "square": None}  # image_aspect_ratio -> ours; None: the processor's own
+_TILES = "anyres"  # the image_aspect_ratio of LLaVA-1.6, which families/llava_next.py exports
+# image_aspect_ratio -> ours; None: the processor's own
+_FITS = {"pad": "pad", "square": None, _TILES: None}
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    architectures = checkpoint.config["architectures"]
+    architectures = checkpoint.config.get("architectures") or []  # --family may stand in for it
     return any(_ARCHITECTURE.fullmatch(name) for name in architectures if isinstance(name, str))
+
+
+def has_tiles(checkpoint: Checkpoint) -> bool:
+    return matches(checkpoint) and checkpoint.config.get("image_aspect_ratio") == _TILES
 
 
 def config(checkpoint: Checkpoint) -> Config:
@@ -64,6 +73,11 @@ def config(checkpoint: Checkpoint) -> Config:
             f"image_aspect_ratio {ratio!r} in {where}; known: {', '.join(_FITS)}: take the "
             "checkpoint that transformers reads (its name ends in -hf)"
         )
+    if flat.get("use_s2"):  # Bunny's: the tower's features at several scales, joined
+        raise BundleError(f"{where} sets use_s2, which is not known: take a model without S2")
+    merge = flat.get("mm_patch_merge_type", "flat")
+    if ratio == _TILES and merge != "spatial_unpad":
+        raise BundleError(f"mm_patch_merge_type {merge!r} in {where}; known: spatial_unpad")
     vision = _tower(checkpoint, flat)
     clip = vision["model_type"] == "clip_vision_model"
     patches_only = flat.get("mm_vision_select_feature", "patch") == "patch"
@@ -76,10 +90,11 @@ def config(checkpoint: Checkpoint) -> Config:
         "vision_feature_select_strategy": "default" if clip and patches_only else "full",
         "tie_word_embeddings": bool(flat.get("tie_word_embeddings")),
         "image_processor": {
-            "image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor",
+            "image_processor_type": CLIP if clip else SIGLIP,
             "size": {"shortest_edge": vision["image_size"]} if clip else size,
             **({"crop_size": size} if clip else {}),
         },
+        "image_grid_pinpoints": _pinpoints(flat, where),
         "fit": _FITS[ratio],
         "prompt": "bunny" if architecture["by"] == "Bunny" else None,
     }
@@ -89,6 +104,7 @@ def canonical(name: str) -> str:
     """`model.vision_tower.vision_tower.…`, `model.mm_projector.…`, `model.layers.…` → the names
     that tower, projector and decoder take."""
     for stored, plain in (
+        ("model.image_newline", "image_newline"),
         ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
         ("model.vision_tower.vision_tower.", "vision_tower."),
         ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
@@ -98,6 +114,15 @@ def canonical(name: str) -> str:
         if name.startswith(stored):
             return plain + name.removeprefix(stored)
     return name
+
+
+def _pinpoints(flat: Config, where: Path) -> list[list[int]]:
+    """(height, width) as transformers has them; this format has (width, height)."""
+    stored = flat.get("image_grid_pinpoints", [])
+    try:
+        return [[height, width] for width, height in stored]
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"{where} says image_grid_pinpoints = {stored!r:.60}") from error
 
 
 def _tower(checkpoint: Checkpoint, flat: Config) -> Config:

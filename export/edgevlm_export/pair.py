@@ -22,7 +22,7 @@ from edgevlm.errors import BundleError
 
 from . import bundle, processor, prompts
 from .checkpoint import Checkpoint
-from .families import llava
+from .families import Arrays, llava, llava_next
 from .graph import Graph
 from .tower import Normalisation
 from .vocabulary import Vocabulary
@@ -39,6 +39,7 @@ _NAMES = {  # the converter shortens transformers' names; ffn_up and ffn_down se
     r"v\.blk\.(\d+)\.ffn_down\.(\w+)": rf"{_LAYER}.mlp.fc2.\2",
     r"mm\.0\.(\w+)": r"multi_modal_projector.linear_1.\1",
     r"mm\.2\.(\w+)": r"multi_modal_projector.linear_2.\1",
+    r"(model\.|v\.)?image_newline": "image_newline",
 }
 _IMAGE = "<image>"
 _CLIP_L_WIDTH, _CLIP_L_LAYERS = 1024, 24
@@ -86,6 +87,10 @@ class Pair(Checkpoint):
         """Tensors by the names of the checkpoint, and its config.json."""
         tensors = renamed(mmproj, _NAMES)
         return tensors, _config(mmproj, tensors)
+
+    @property
+    def mmproj(self) -> Path:
+        return self._mmproj.path
 
     @property
     def n_embd(self) -> int:
@@ -179,6 +184,7 @@ class Planned:
     vision: Graph
     manifest: dict[str, Any]  # what bundle.json says of the model
     files: Pair
+    arrays: Mapping[str, Arrays] = field(default_factory=dict)  # by .npz file
     texts: Mapping[str, str] = field(default_factory=dict)  # further files of the bundle
 
 
@@ -194,28 +200,45 @@ def plan(
     vocabulary = pair.vocabulary()
     template = prompts.choose(pair, vocabulary, prompt)
     images = _processor(pair, fit)
-    shape = llava.tower_shape(pair)
+    shape = llava.tower_of(pair)
     graph, n_tokens = llava.vision(pair, pair.config, shape, images.normalisation, pair.n_embd)
+    # LLaVA-1.6; who names a fit wants one view of each picture
+    tiled = bool(pair.config["image_grid_pinpoints"]) and fit is None
+    if tiled and "image_newline" not in pair:
+        raise BundleError(
+            f"{pair.mmproj} names tiles, as LLaVA-1.6 has them, but lacks image_newline, which "
+            "joins them: take another file, or one view of each picture with fit (--fit pad)"
+        )
+    grids = llava_next.grids(pair.config["image_grid_pinpoints"], shape.image_px, pair.mmproj) \
+        if tiled else []  # fmt: skip
+    tiles = {
+        "tile_px": shape.image_px,
+        "patch_px": shape.patch_px,
+        "resample": images.resample,
+        "grids": grids,
+    }
+    single = {
+        "summary": "LLaVA, from llama.cpp's files: one square view of each picture",
+        "can": ["describe", "ask", "chat"],
+        "cannot": ["detect", "point"],
+        "parity": {},
+    }
     # llama.cpp tokenizes around a picture's place, so the marker need not be in its vocabulary.
     marker = len(vocabulary.texts)
     marked = replace(vocabulary, ids={**vocabulary.ids, _IMAGE: marker})
     stops = prompts.stop_token_ids(pair, template, vocabulary)
     manifest = {
-        "family": "llava",
+        "family": "llava_next" if tiled else "llava",
         "licence": pair.licence,
-        "image": images.section(shape.patch_px, n_tokens),
+        "image": tiles if tiled else images.section(shape.patch_px, n_tokens),
         "prompt": prompts.section(template, marked, marker),
         "generation": {"stop_token_ids": stops, "max_tokens": 256, "repeat_penalty": 1.0},
         "n_embd": pair.n_embd,
         "n_ctx": bundle.context(pair.n_ctx),
-        "card": {
-            "summary": "LLaVA, from llama.cpp's files: one square view of each picture",
-            "can": ["describe", "ask", "chat"],
-            "cannot": ["detect", "point"],
-            "parity": {},
-        },
+        "card": llava_next.CARD if tiled else single,
     }
-    return Planned(graph, manifest, pair)
+    arrays: Mapping[str, Arrays] = llava_next.newline(pair, pair.n_embd) if tiled else {}
+    return Planned(graph, manifest, pair, arrays)
 
 
 def _processor(pair: Pair, fit: str | None) -> processor.Processor:
@@ -271,11 +294,14 @@ def _config(mmproj: File, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
     activation = ("gelu" if mmproj.get("clip.use_gelu") else "quick_gelu") if cls else \
         "gelu_pytorch_tanh"  # fmt: skip
     mean, std = mmproj.need("clip.vision.image_mean"), mmproj.need("clip.vision.image_std")
+    sides = [int(side) for side in mmproj.get("clip.vision.image_grid_pinpoints") or []]
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "vision_feature_layer": layers,
         "vision_feature_select_strategy": "default" if cls else "full",
         "projector_hidden_act": "gelu",
+        # stored flat, width before height
+        "image_grid_pinpoints": [[h, w] for w, h in zip(sides[::2], sides[1::2], strict=True)],
         "vision_config": {
             "model_type": "clip_vision_model" if cls else "siglip_vision_model",
             "hidden_size": width,

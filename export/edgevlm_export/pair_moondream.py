@@ -137,5 +137,5 @@ def plan(model: Path, mmproj: Path, release: str | None) -> pair.Planned:
             "card": moondream.card(release),
         },
         files,
-        {"tokenizer.json": made.to_str(pretty=True)},
+        texts={"tokenizer.json": made.to_str(pretty=True)},
     )

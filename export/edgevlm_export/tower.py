@@ -58,6 +58,7 @@ class Tower:
 
     @property
     def n_patches(self) -> int:
+        """Whole ones: what is left at the right and below (384 px by 14) is not looked at."""
         return (self.image_px // self.patch_px) ** 2
 
     @property
@@ -69,10 +70,10 @@ def shape(config: Config, where: Path, prefix: str, *, cls: bool) -> Tower:
     """The tower that a vision config, complete with defaults, describes."""
     sizes = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
     width, n_heads, image_px, patch_px = (whole_number(config, key, where) for key in sizes)
-    if width % n_heads or image_px % patch_px:
+    if width % n_heads or image_px < patch_px:
         raise BundleError(
             f"{where} splits a width of {width} into {n_heads} heads and {image_px} px into "
-            f"patches of {patch_px} px: both must come out even"
+            f"patches of {patch_px} px: heads must come out even, and there must be a patch"
         )
     return Tower(
         prefix=prefix,

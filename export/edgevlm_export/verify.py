@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from edgevlm import families, paths, preprocess, region, vision
 from edgevlm.answer import EncodedImage
-from edgevlm.bundle import MANIFEST, Bundle, open_bundle
+from edgevlm.bundle import MANIFEST, Bundle, manifest_text, open_bundle
 from edgevlm.cancel import Cancel
 from edgevlm.errors import PromptError
 from edgevlm.language import Language
@@ -51,10 +53,11 @@ def verify(
     seen = list(photos.read(pictures))
     with closing(_Ours(opened, threads)) as ours:  # its memory is free before torch takes some
         questions, found = zip(*map(ours.look, seen), strict=True)
-    exact = _exact_embeddings(opened, reference, seen, threads)
+    exact = _embeddings(opened, reference, seen, threads)
     oracle = oracles.find(opened.manifest["family"])
     expected = list(oracle.answers(opened, reference, questions))
     card = {"reference": oracle.NAME, **_card(found, exact, expected)}
+    card |= _against_optimum(opened, reference, seen, threads, exact)
     _write(opened, card)
     return card
 
@@ -117,17 +120,44 @@ def _tiles(patches: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[np.int
     return np.asarray(tiles, np.int16)
 
 
-def _exact_embeddings(
-    bundle: Bundle, reference: Path, seen: Sequence[photos.Pixels], threads: int
+def _against_optimum(
+    bundle: Bundle,
+    reference: Path,
+    seen: Sequence[photos.Pixels],
+    threads: int,
+    exact: Sequence[Floats],
+) -> dict[str, Any]:
+    """Our fp32 graph against one whose tower Optimum exports from the same weights.
+
+    Nothing to compare where Optimum is not installed, or where it or no such tower made the graph.
+    """
+    if find_spec("optimum") is None or bundle.manifest.get("options", {}).get("exporter"):
+        return {"optimum_max_error": None}
+    theirs = _embeddings(bundle, reference, seen, threads, exporter="optimum")
+    if not theirs:
+        return {"optimum_max_error": None}
+    errors = [np.abs(a - b).max() for a, b in zip(exact, theirs, strict=True)]
+    return {"optimum_max_error": float(max(errors))}
+
+
+def _embeddings(
+    bundle: Bundle,
+    reference: Path,
+    seen: Sequence[photos.Pixels],
+    threads: int,
+    exporter: str | None = None,
 ) -> list[Floats]:
     """What the graph gives in fp32, whatever format the bundle keeps it in."""
     checkpoint = Checkpoint(reference, bundle.file("tokenizer.json"))
     _, module = find(checkpoint, bundle.manifest["family"])
-    model = module.parts(checkpoint, _as_exported(bundle)).vision.model()
+    options = _as_exported(bundle)
+    graph = module.parts(checkpoint, replace(options, exporter=exporter or options.exporter)).vision
+    if exporter is not None and not graph.has_inserted:
+        return []
     family = families.find(bundle)
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "vision.onnx"
-        model.save(path, data=path.with_suffix(".data"))
+        graph.model().save(path, data=path.with_suffix(".data"))
         session = Session(path, threads)
         found = []
         for pixels in seen:
@@ -181,5 +211,4 @@ def _common(a: Sequence[object], b: Sequence[object]) -> int:
 def _write(bundle: Bundle, card: Mapping[str, Any]) -> None:
     manifest = json.loads(bundle.file(MANIFEST).read_text("utf-8"))
     manifest["card"].setdefault("parity", {})["reference"] = card
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    paths.write_atomic(bundle.file(MANIFEST), text.encode())
+    paths.write_atomic(bundle.file(MANIFEST), manifest_text(manifest).encode())

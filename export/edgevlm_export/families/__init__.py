@@ -28,6 +28,7 @@ class Options:
     prompt: str | None = None  # a name in prompts.TEMPLATES
     fit: str | None = None  # a name in processor.FITS
     release: str | None = None  # of families that have several
+    exporter: str | None = None  # in EXPORTERS, where graph.py does not write the tower
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ and the select strategy are taken literally.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgevlm.errors import BundleError
 
@@ -17,6 +17,10 @@ from ..checkpoint import NUMBER, Checkpoint, Config, Kinds, section
 from ..graph import Graph
 from . import Options, Parts
 
+if TYPE_CHECKING:
+    from ..optimum import Tower as Traced
+
+Tower: TypeAlias = "tower.Tower | Traced"
 # The reference's defaults, which older configs leave out (transformers CLIPVisionConfig,
 # SiglipVisionConfig; without any vision_config LlavaConfig means CLIP-L/336).
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -53,7 +57,9 @@ KINDS: Kinds = {
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    return original.matches(checkpoint) or (
+    if original.matches(checkpoint):
+        return not original.has_tiles(checkpoint)
+    return (
         "LlavaForConditionalGeneration" in checkpoint.config["architectures"]
         and processor.wrapper(checkpoint) != MANTIS_PROCESSOR
     )
@@ -74,7 +80,7 @@ def _parts(checkpoint: Checkpoint, options: Options, image_token: bool = True) -
     root = section(checkpoint.config, KINDS, where)
     text = backbone.read(checkpoint, root, options.prompt)
     images = processor.read(checkpoint, options.fit)
-    shape = tower_shape(checkpoint)
+    shape = tower_of(checkpoint, options.exporter)
     if images.size_px != shape.image_px:
         raise BundleError(
             f"the image processor makes {images.size_px} px, the tower takes {shape.image_px} px "
@@ -117,14 +123,20 @@ def image_token_id(root: Config) -> int:
     return older
 
 
-def tower_shape(checkpoint: Checkpoint) -> tower.Tower:
+def tower_of(checkpoint: Checkpoint, exporter: str | None = None) -> Tower:
+    """The tower, to be written by graph.py or by the exporter that the caller names."""
     where = checkpoint.directory / "config.json"
     kinds: Kinds = {"model_type": str, "hidden_act": str, "layer_norm_eps": NUMBER}
     config = section(checkpoint.config.get("vision_config") or tower.CLIP_L_336, kinds, where)
+    if exporter is not None:
+        from .. import optimum  # brings torch
+
+        return optimum.Tower(checkpoint, config)
     kind = config.get("model_type", "unnamed")
     if kind not in _DEFAULTS:
         raise BundleError(
-            f"the vision tower of {checkpoint.directory} is {kind!r}; known: {', '.join(_DEFAULTS)}"
+            f"the vision tower of {checkpoint.directory} is {kind!r}; known: "
+            f"{', '.join(_DEFAULTS)}; Optimum writes others: --exporter optimum"
         )
     config = {**_DEFAULTS[kind], **config}
     return tower.shape(config, where, "vision_tower.", cls=kind == "clip_vision_model")
@@ -133,7 +145,7 @@ def tower_shape(checkpoint: Checkpoint) -> tower.Tower:
 def vision(
     checkpoint: Checkpoint,
     root: Config,
-    shape: tower.Tower,
+    shape: Tower,
     normalisation: tower.Normalisation,
     n_embd: int,
 ) -> tuple[Graph, int]:
@@ -146,13 +158,16 @@ def vision(
     if strategy not in ("default", "full"):
         raise BundleError(f"vision_feature_select_strategy {strategy!r}; known: default, full")
     graph = Graph(shape.n_patches, shape.patch_values)
-    states = tower.hidden_states(graph, checkpoint, shape, normalisation, layers)
-    n_tokens = shape.n_patches + shape.cls
+    if isinstance(shape, tower.Tower):
+        states = tower.hidden_states(graph, checkpoint, shape, normalisation, layers)
+        n_tokens, width = shape.n_patches + shape.cls, shape.width
+    else:
+        states, (n_tokens, width) = shape.hidden_states(graph, normalisation, layers)
     if strategy == "default":  # literally: a SigLIP tower has no CLS row and loses a patch
         states = [tower.drop_first_row(graph, state) for state in states]
         n_tokens -= 1
     value = graph.op("Concat", *states, axis=-1) if len(states) > 1 else states[0]
-    widths = (shape.width * len(layers), n_embd)
+    widths = (width * len(layers), n_embd)
     activation = root.get("projector_hidden_act", "gelu")
     graph.output(tower.projector(graph, checkpoint, value, widths, activation), n_tokens, n_embd)
     return graph, n_tokens

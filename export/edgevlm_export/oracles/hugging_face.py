@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 
 from edgevlm.bundle import Bundle
-from edgevlm.errors import BundleError
 
+from ..reference import NAME, load
 from . import STEPS, Question, Seen
 
-_auto: Any = transformers  # half of it is typed
-NAME = f"transformers {transformers.__version__}, float32"
+__all__ = ["NAME", "answers"]
 
 
 @torch.no_grad()
 def answers(bundle: Bundle, checkpoint: Path, questions: Sequence[Question]) -> Iterator[Seen]:
     """What transformers makes of each question; BundleError if it has no such model."""
-    _auto.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers about itself
-        try:
-            model = _auto.AutoModelForImageTextToText.from_pretrained(
-                checkpoint, dtype=torch.float32
-            ).eval()
-            processor = _auto.AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-        except (OSError, ValueError, KeyError) as error:
-            first_line = str(error).splitlines()[0]
-            raise BundleError(f"transformers cannot open {checkpoint}: {first_line}") from error
+        model, processor = load(checkpoint)
         stops = bundle.manifest["generation"]["stop_token_ids"]
         image_token_id = model.config.image_token_id
+        seen_px = _whole_patches_px(bundle.manifest["image"])
         for question in questions:
             picture = Image.fromarray(question.pixels)
             raw = processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")
@@ -51,7 +42,7 @@ def answers(bundle: Bundle, checkpoint: Path, questions: Sequence[Question]) -> 
             said = model.generate(
                 **inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=stops, pad_token_id=0
             )[0, len(ids) :].tolist()
-            values = np.asarray(raw["pixel_values"])
+            values = np.asarray(raw["pixel_values"])[..., :seen_px, :seen_px]
             yield Seen(
                 pixels=np.rint(values.reshape(-1, *values.shape[-3:])).astype(np.int16),
                 embeddings=_flat(features).numpy(),
@@ -59,6 +50,12 @@ def answers(bundle: Bundle, checkpoint: Path, questions: Sequence[Question]) -> 
                 tokens=[token for token in said if token not in stops],
                 places=[],
             )
+
+
+def _whole_patches_px(image: Mapping[str, Any]) -> int | None:
+    """What a tower looks at of a tile whose side is no multiple of its patches."""
+    side: int | None = image.get("size_px", image.get("tile_px"))
+    return None if side is None else side - side % int(image["patch_px"])
 
 
 def _flat(features: Any) -> torch.Tensor:
