@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgevlm.answer import (
         Answer,
         Box,
+        Devices,
         EncodedImage,
         Grounding,
         Outcome,
@@ -54,6 +55,7 @@ __all__ = [
     "Chat",
     "ContextOverflow",
     "DeviceError",
+    "Devices",
     "EdgeVLMError",
     "EncodedImage",
     "Grounding",
@@ -80,6 +82,7 @@ _HOMES = {
     "Settings": "settings",
     "Answer": "answer",
     "Box": "answer",
+    "Devices": "answer",
     "EncodedImage": "answer",
     "Grounding": "answer",
     "Outcome": "answer",

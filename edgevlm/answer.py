@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from edgevlm.layout import Layout
 
 FinishReason = Literal["stop", "length", "repetition"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a model's stages run; decoding and preparing a picture is always the CPU's."""
+
+    encode: Device = "cpu"
+    language: Device = "cpu"  # prefill and every token
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Answer:
         input_px, model_px: (height, width) of each picture as it came, and as the model saw it.
         peak_rss_bytes: largest resident memory of this process so far.
         cache: "hit" if no picture had to be encoded for this answer, else "miss".
+        devices: where it was computed.
         reasoning: the thoughts, if they were asked for.
     """
 
@@ -111,6 +121,7 @@ class Answer:
     timings: Timings
     peak_rss_bytes: int
     cache: Literal["hit", "miss"]
+    devices: Devices
     reasoning: Reasoning | None = None
 
 

@@ -116,7 +116,7 @@ def open_bundle(path: Path) -> Bundle:
     """
     bundle = Bundle(path, read_manifest(path / MANIFEST))
     for name, entry in bundle.manifest["files"].items():
-        _check_file(bundle.file(name), entry)
+        check_file(bundle.file(name), entry)
     return bundle
 
 
@@ -195,7 +195,12 @@ def check_shape(path: Path, section: Mapping[str, Any], shape: Mapping[str, Any]
             check_shape(path, value, kind)
 
 
-def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+def check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """The file has the size and the SHA-256 of `entry`; hashed only when it is new or changed.
+
+    Raises:
+        BundleError: it is missing, damaged or cannot be read.
+    """
     try:
         stat = path.stat()
     except OSError:

@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -78,11 +79,37 @@ def _quota() -> int:
         return 1 << 16
 
 
+@dataclass(frozen=True)
+class Support:
+    """A library and CUDA: whether it was built with it, and why it does not compute there ("" if
+    it does)."""
+
+    built: bool
+    problem: str
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system shows an NVIDIA GPU; what can compute on it is another question."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden on purpose
+        return False
+    nodes = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/usr/lib/wsl/lib/libcuda.so.1")  # Jetson, WSL
+    return any(Path(node).exists() for node in nodes)
+
+
 def cpu_name() -> str:
+    return _cpuinfo("model name", "Model")
+
+
+def cpu_features() -> str:
+    """The instructions that the CPU has; two machines may share a name, not this."""
+    return _cpuinfo("flags", "Features")
+
+
+def _cpuinfo(*keys: str) -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model"):
+            if key.strip() in keys:
                 return value.strip()
     except OSError:
         pass

@@ -13,7 +13,7 @@ import PIL
 from numpy.typing import NDArray
 
 from edgevlm import cache, image, preprocess, sessions, vision
-from edgevlm.answer import EncodedImage
+from edgevlm.answer import Device, EncodedImage
 from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BundleError, PromptError
@@ -62,27 +62,36 @@ class Encoder:
     """The vision model of a bundle."""
 
     def __init__(
-        self, bundle: Bundle, family: Family, settings: Settings, *, threads: int, cancel: Cancel
+        self,
+        bundle: Bundle,
+        family: Family,
+        settings: Settings,
+        *,
+        threads: int,
+        cancel: Cancel,
+        device: Device,
     ) -> None:
         """Raises BundleError when the vision file does not belong to this bundle."""
         self._settings = settings
         self._family = family
         self._threads = threads
         self._cancel = cancel
-        self._session = sessions.Session(bundle.file("vision.onnx"), threads)
+        self._model_sha256 = bundle.sha256("vision.onnx")
+        self._session = sessions.Session(
+            bundle.file("vision.onnx"), threads, device, sha256=self._model_sha256
+        )
         width, expected = self._session.output_width, bundle.manifest["n_embd"]
         if width != expected:
             raise BundleError(
                 f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
                 "(bundle.json): export both again"
             )
-        self._model_sha256 = bundle.sha256("vision.onnx")
         self._cache = cache.Cache(settings.cache_bytes) if settings.cache else None
         self._made_by = (  # what else than the picture decides what its embeddings are
             self._model_sha256,
             f"exact_decode={settings.exact_decode}",
             f"pillow {PIL.__version__}",
-            f"onnxruntime {sessions.version()}",
+            f"onnxruntime {sessions.version()} on {device}",
         )
 
     def open(self, picture: Picture) -> Photo | EncodedImage:

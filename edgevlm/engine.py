@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edgevlm import device, families, gaze, many, reasoning, region, registry, text
+from edgevlm import device, families, gaze, many, placement, reasoning, region, registry, text
 from edgevlm.answer import Answer, Box, EncodedImage, Outcome, Piece, Point, fold
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cancel import Cancel
@@ -44,6 +45,7 @@ def load(model: str | Path | None = None, **settings: Any) -> VLM:
         HubError: its files have to be fetched first and could not be.
         BackendError: ONNX Runtime or llama.cpp cannot run it.
         PromptError: it does not know this `detail`.
+        DeviceError: "cuda" was asked for and is not there.
         ValueError: a setting outside its range.
     """
     started = perf_counter()
@@ -65,19 +67,33 @@ class VLM:
         self.bundle = bundle
         self.load_ms = 0.0
         self._settings = settings
+        self.placement = placement.choose(settings.device, bundle)
         self._threads = device.thread_budget(settings.threads)
         self._family = families.find(bundle, settings.detail)
         self._cancel = Cancel()
-        self._encoder = Encoder(
-            bundle, self._family, settings, threads=self._threads, cancel=self._cancel
-        )
-        self._language = Language(
-            bundle,
-            threads=self._threads,
-            cancel=self._cancel,
-            precise=settings.precise,
-            adapter=settings.adapter,
-        )
+        with ThreadPoolExecutor(1) as other:  # each library loads on one core, without the GIL
+            encoder = other.submit(
+                Encoder,
+                bundle,
+                self._family,
+                settings,
+                threads=self._threads,
+                cancel=self._cancel,
+                device=self.placement.devices.encode,
+            )
+            self._language = Language(
+                bundle,
+                threads=self._threads,
+                cancel=self._cancel,
+                precise=settings.precise,
+                adapter=settings.adapter,
+                device=self.placement.devices.language,
+            )
+        try:
+            self._encoder = encoder.result()
+        except BaseException:
+            self._language.close()
+            raise
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that holds the lock
         self._closed = False
@@ -345,6 +361,7 @@ class VLM:
             timings=meter.timings(self.load_ms),
             peak_rss_bytes=device.peak_rss_bytes(),
             cache="miss" if meter.ran("encode") else "hit",
+            devices=self.placement.devices,
             reasoning=thoughts,
         )
         yield Piece("", answer)

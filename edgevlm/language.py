@@ -10,14 +10,13 @@ from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from edgevlm import device, probe
-from edgevlm.answer import EncodedImage, FinishReason
+from edgevlm.answer import Device, EncodedImage, FinishReason
 from edgevlm.bundle import Bundle, adapter_file
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BundleError, ContextOverflow, PromptError
@@ -26,6 +25,9 @@ from edgevlm.options import Options
 from edgevlm.prompt import ImageSlot, Place, Segment, Text, Tokens
 from edgevlm.region import Region
 from edgevlm.schema import to_grammar
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _Unit = int | ImageSlot | Place
 _Key = int | tuple[str, int]  # a token id, or a picture's key and the number of its embedding
@@ -60,6 +62,7 @@ class Language:
         cancel: Cancel,
         precise: bool = False,
         adapter: str | None = None,
+        device: Device = "cpu",
     ) -> None:
         """Raises BundleError when the language file does not belong to this bundle."""
         self._cancel = cancel
@@ -67,7 +70,9 @@ class Language:
         self._precise = precise
         self._bundle = bundle
         self._model = Model(
-            bundle.file("language.gguf"), extra_buffers=probe.verdict().extra_buffers
+            bundle.file("language.gguf"),
+            extra_buffers=probe.verdict().extra_buffers,
+            device=device,
         )
         expected = bundle.manifest["n_embd"]
         if self._model.n_embd != expected:
@@ -80,11 +85,7 @@ class Language:
             bundle.manifest["n_ctx"], taps_hidden=bundle.has("region.npz")
         )
         self._sequence = 0  # of the context: the only one, or this slot's
-        self._tokenizer = (
-            Tokenizer.from_file(str(bundle.file("tokenizer.json")))
-            if bundle.has("tokenizer.json")
-            else None
-        )
+        self._tokenizer = _tokenizer(bundle)
         self._image_token: str = bundle.manifest["prompt"]["image_token"]
         self._bos: bool = bundle.manifest["prompt"]["bos"]
         self._defaults = bundle.manifest["generation"]
@@ -374,6 +375,14 @@ class Slots:
 
     def close(self) -> None:
         self._context.close()
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer | None:
+    if not bundle.has("tokenizer.json"):
+        return None  # llama.cpp's own is the checkpoint's
+    from tokenizers import Tokenizer  # here, because not every model needs it
+
+    return Tokenizer.from_file(str(bundle.file("tokenizer.json")))
 
 
 def _keys(unit: _Unit, images: Sequence[EncodedImage]) -> list[_Key]:

@@ -10,10 +10,13 @@ import ctypes
 import logging
 import math
 import os
+import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import metadata
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,34 @@ from typing import Any
 # seen to take 16 s. Read by libgomp when it is loaded, which importing llama_cpp does.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm.answer import Device
 from edgevlm.errors import BackendError, Cancelled, OutputError, PromptError
 from edgevlm.kernels import Flag, abort_callback
+
+
+@contextmanager
+def _bare(package: str) -> Iterator[None]:
+    """Import submodules of `package` without running its __init__, for ourselves only.
+
+    llama_cpp's imports the high-level half with its template engine and its cache on disk: a
+    tenth of the time until `edgevlm` begins to load a model.
+    """
+    before = dict(sys.modules)
+    spec = find_spec(package)
+    if spec is not None and package not in before:
+        sys.modules[package] = module_from_spec(spec)
+    try:
+        yield
+    finally:
+        for name in {name for name in sys.modules if name.split(".")[0] == package} - {*before}:
+            del sys.modules[name]  # whoever imports it after us gets all of it
+
+
+with _bare("llama_cpp"):
+    import llama_cpp.llama_cpp as lib
 
 _log = logging.getLogger("edgevlm.llama")
 _complaints: deque[str] = deque(maxlen=8)  # llama.cpp's last warnings, for error messages
@@ -59,11 +84,54 @@ def _failure(what: str) -> BackendError:
     return BackendError(f"llama.cpp {what}. It said: {said}")
 
 
+def _ggml(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of ggml; the binding declares llama.cpp's only."""
+    return ctypes.CFUNCTYPE(result, *arguments)((name, lib._lib))
+
+
+@dataclass(frozen=True)
+class _Cuda:
+    built: bool
+    gpus: Sequence[int]  # ggml_backend_dev_t
+
+
+@cache
+def _cuda() -> _Cuda:
+    """The CUDA backend of the loaded library; it lists no GPU where there is none."""
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    backend = _ggml("ggml_backend_reg_by_name", pointer, ctypes.c_char_p)(b"CUDA")
+    if backend is None:
+        return _Cuda(False, ())
+    count = _ggml("ggml_backend_reg_dev_count", size, pointer)(backend)
+    get = _ggml("ggml_backend_reg_dev_get", pointer, pointer, size)
+    return _Cuda(True, [get(backend, index) for index in range(count)])
+
+
+def cuda_gpus() -> list[str] | None:
+    """Names of the GPUs that llama.cpp can compute on; None if it was built without CUDA."""
+    describe = _ggml("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
+    found = _cuda()
+    return [describe(gpu).decode() for gpu in found.gpus] if found.built else None
+
+
+def cuda_free_bytes() -> int:
+    """Free memory of the GPU that would be used; 0 without one."""
+    if not _cuda().gpus:
+        return 0
+    size = ctypes.POINTER(ctypes.c_size_t)
+    ask = _ggml("ggml_backend_dev_memory", None, ctypes.c_void_p, size, size)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ask(_cuda().gpus[0], ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
 class Model:
     """The weights and the vocabulary of a GGUF file."""
 
-    def __init__(self, path: Path, *, extra_buffers: bool) -> None:
+    def __init__(self, path: Path, *, extra_buffers: bool, device: Device = "cpu") -> None:
         """Map the file; `extra_buffers` lets llama.cpp repack weights for this CPU.
+
+        "cuda" copies all layers to the first GPU, "cpu" lets no GPU take part at all.
 
         Raises:
             BackendError: llama.cpp cannot read it.
@@ -72,6 +140,11 @@ class Model:
         _complaints.clear()
         params = lib.llama_model_default_params()
         params.use_extra_bufts = extra_buffers
+        gpu = _cuda().gpus[0] if device == "cuda" else None
+        devices = (ctypes.c_void_p * 2)(gpu, None)  # ends with a null; empty means no GPU
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
+        params.n_gpu_layers = -1  # all, on what is in `devices`
+        self.device = device
         self.handle = lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise _failure(f"cannot load {path}")
@@ -173,7 +246,11 @@ class Context:
         params.kv_unified = False  # else each sequence would attend over the cells of all
         params.n_batch = params.n_ubatch = min(n_ctx, n_batch)
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slower to decode on CPUs
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # slower to decode on CPUs
+            if model.device == "cpu"
+            else lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+        )
         params.type_k = params.type_v = _F32 if precise else _F16
         params.abort_callback = ctypes.cast(abort_callback(), lib.ggml_abort_callback)
         params.abort_callback_data = flag.address
@@ -212,6 +289,8 @@ class Context:
             BackendError: llama.cpp failed.
         """
         for start in range(0, len(rows), self._n_batch):
+            if self._flag.is_set():  # only the CPU's kernels ask for themselves
+                raise Cancelled("cancelled")
             part = rows[start : start + self._n_batch]
             first, end = position + start, position + start + len(part)
             self._decode_batch(part, range(first, end), [sequence] * len(part))
@@ -301,12 +380,10 @@ class _Tap:
         self.row: NDArray[np.float32] = np.zeros(model.n_embd, np.float32)
         self.callback = lib.ggml_backend_sched_eval_callback(self._see)
         self._name = f"l_out-{lib.llama_model_n_layer(model.handle) - 1}".encode()
-        ggml = lib._lib  # the binding declares llama.cpp's functions only
-        self._name_of = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(("ggml_get_name", ggml))
-        self._n_bytes_of = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)(("ggml_nbytes", ggml))
-        self._copy = ctypes.CFUNCTYPE(
-            None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
-        )(("ggml_backend_tensor_get", ggml))
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        self._name_of = _ggml("ggml_get_name", ctypes.c_char_p, pointer)
+        self._n_bytes_of = _ggml("ggml_nbytes", size, pointer)
+        self._copy = _ggml("ggml_backend_tensor_get", None, pointer, pointer, size, size)
 
     def _see(self, tensor: int, asks: bool, _: object) -> bool:
         """Called twice: whether a tensor is wanted, and when it is there. True goes on."""
@@ -404,6 +481,8 @@ class Sampler:
 
 def version() -> str:
     """Of llama-cpp-python, which pins its llama.cpp."""
+    from importlib import metadata  # here, because it imports an e-mail parser
+
     return metadata.version("llama-cpp-python")
 
 

@@ -12,11 +12,13 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from edgevlm import device, paths
+from edgevlm.answer import Device
 from edgevlm.errors import BackendError
 
 _MODEL = Path(__file__).parent / "data" / "probe.gguf"
@@ -25,11 +27,11 @@ _TIMEOUT_S = 120
 # source tree there when somebody tries a fresh clone.
 _CHILD = """
 import sys
-sys.path[:] = sys.argv[2:]
+sys.path[:] = sys.argv[3:]
 from edgevlm.probe import run_tiny_model
-run_tiny_model(sys.argv[1] == "1")
+run_tiny_model(sys.argv[1] == "1", sys.argv[2])
 """
-_REQUIREMENT = "llama-cpp-python==0.3.36"
+REQUIREMENT = "llama-cpp-python==0.3.36"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,24 @@ def verdict() -> Verdict:
     return found
 
 
+def cuda_finding(gpus: Sequence[str]) -> str:
+    """Does llama.cpp compute on the first of these GPUs? "" if so, else what is wrong.
+
+    ggml aborts the process where a kernel or a driver is missing.
+    """
+    if not gpus:
+        return "llama.cpp finds no NVIDIA GPU"
+    key = "\n".join((_fingerprint(), *gpus))
+    known = paths.cache("probe", hashlib.sha256(key.encode()).hexdigest()[:32] + "-cuda.txt")
+    if paths.read_cache(known) is not None:
+        return ""
+    failure = _try(extra_buffers=False, where="cuda")
+    if failure:  # not remembered: another program may have had all of the GPU's memory
+        return f"llama.cpp fails there: {failure}"
+    paths.write_cache(known, "")
+    return ""
+
+
 def _probe() -> Verdict:
     failure = _try(extra_buffers=True)
     if not failure:
@@ -65,14 +85,15 @@ def _probe() -> Verdict:
     raise BackendError(
         f"the installed llama.cpp does not run on this CPU ({device.cpu_name()}): {second}. "
         "Build it here: pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python "
-        + _REQUIREMENT
+        + REQUIREMENT
     )
 
 
-def _try(*, extra_buffers: bool) -> str:
+def _try(*, extra_buffers: bool, where: Device = "cpu") -> str:
     """Run the tiny model in a child; "" if it lived, else what became of it."""
-    command = [sys.executable, "-c", _CHILD, str(int(extra_buffers)), *sys.path]
+    command = [sys.executable, "-c", _CHILD, str(int(extra_buffers)), where, *sys.path]
     settings = "with repacked weights" if extra_buffers else "with plain weights"
+    settings = "on the GPU" if where == "cuda" else settings
     try:
         child = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -89,7 +110,7 @@ def _fingerprint() -> str:
     """Changes with the library's files and the CPU."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
-        raise BackendError(f"llama-cpp-python is not installed: pip install {_REQUIREMENT}")
+        raise BackendError(f"llama-cpp-python is not installed: pip install {REQUIREMENT}")
     parts = [device.cpu_name(), sys.executable]
     for file in sorted((Path(spec.origin).parent / "lib").glob("*")):
         stat = file.stat()
@@ -97,14 +118,14 @@ def _fingerprint() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def run_tiny_model(extra_buffers: bool) -> None:
+def run_tiny_model(extra_buffers: bool, where: Device) -> None:
     """What the child does; dies, raises or returns."""
     import numpy as np
 
     from edgevlm.kernels import Flag
     from edgevlm.llama import Context, Model
 
-    model = Model(_MODEL, extra_buffers=extra_buffers)
+    model = Model(_MODEL, extra_buffers=extra_buffers, device=where)
     context = Context(model, 64, threads=2, flag=Flag())
     context.decode(list(range(1, 34)), 0)  # a batch: the matrix-matrix kernels
     context.decode([1], 33)  # one token: the matrix-vector kernels

@@ -6,7 +6,10 @@ ORT threads would otherwise take the cores from llama.cpp.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +17,64 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edgevlm import graph_cache
+from edgevlm.answer import Device
 from edgevlm.cancel import Cancel
+from edgevlm.device import Support
 from edgevlm.errors import BackendError, Cancelled
 
-ERRORS_ONLY = 3  # ORT's log severity
+_WARNINGS, ERRORS_ONLY, _SILENT = 2, 3, 4  # ORT's log severities; warnings are its default
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_PROVIDERS: dict[Device, list[Any]] = {
+    "cpu": [_CPU],
+    # float32 is computed as float32, not rounded to ten bits; no search through every convolution
+    # algorithm at the first picture; no more GPU memory than asked for: llama.cpp has the rest.
+    "cuda": [
+        (
+            _CUDA,
+            {
+                "use_tf32": 0,
+                "cudnn_conv_algo_search": "HEURISTIC",
+                "arena_extend_strategy": "kSameAsRequested",
+            },
+        ),
+        _CPU,
+    ],
+}
+# An ONNX model, y = -x: the least that shows whether a provider computes.
+_NEGATE = (
+    b'\x08\x08\x12\x00:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08'
+    b"\x08\x01\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b"B\x04\n\x00\x10\x11"
+)
 
 
 class Session:
     """One ONNX graph with one output."""
 
-    def __init__(self, path: Path, threads: int, *, prepack: bool = True) -> None:
-        """Without `prepack` weights that lie in a file of their own stay there, mapped: slower,
-        and memory that the system can take back."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = ERRORS_ONLY
-        options.enable_cpu_mem_arena = False  # the arena keeps the largest batch it ever saw
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not prepack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no base class of their own
-            raise BackendError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        device: Device = "cpu",
+        *,
+        sha256: str = "",
+        prepack: bool = True,
+    ) -> None:
+        """Load the graph; with its `sha256`, the optimized copy of a small one is kept and used.
+
+        Without `prepack` weights that lie in a file of their own stay there, mapped: slower, and
+        memory that the system can take back.
+
+        Raises:
+            BackendError: it cannot be loaded, or not on this device.
+        """
+        keeps = bool(sha256) and device == "cpu"
+        if keeps and path.stat().st_size <= graph_cache.MOST_BYTES:
+            self._session = _open_kept(path, threads, graph_cache.directory(sha256, version()))
+        else:
+            self._session = _open(path, _options(threads, prepack), device)
         self.output_width = self._session.get_outputs()[0].shape[-1]
 
     def run(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> NDArray[np.float32]:
@@ -47,7 +85,7 @@ class Session:
             BackendError: ONNX Runtime failed.
         """
         run_options = ort.RunOptions()
-        run_options.log_severity_level = 4  # a terminated run is not worth a line on stderr
+        run_options.log_severity_level = _SILENT  # a terminated run is not worth a line on stderr
 
         def terminate() -> None:
             run_options.terminate = True
@@ -64,6 +102,80 @@ class Session:
         finally:
             cancel.stops_with(None)
         return np.asarray(output, dtype=np.float32)
+
+
+def _options(threads: int, prepack: bool = True) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ERRORS_ONLY
+    options.enable_cpu_mem_arena = False  # the arena keeps the largest batch it ever saw
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _open(path: Path, options: ort.SessionOptions, device: Device = "cpu") -> ort.InferenceSession:
+    try:
+        session = ort.InferenceSession(
+            path, options, providers=_PROVIDERS[device], enable_fallback=0
+        )
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        raise BackendError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
+    if device == "cuda":
+        _expect_cuda(session, path)
+    return session
+
+
+def _open_kept(path: Path, threads: int, directory: Path) -> ort.InferenceSession:
+    """A session on the kept copy of the optimized graph; made while opening if it is not there."""
+    copy = graph_cache.find(directory)
+    if copy is not None:
+        options = _options(threads)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with suppress(BackendError):  # gone since: another process makes it anew
+            return _open(copy, options)
+    made: list[ort.InferenceSession] = []
+
+    def write(copy: Path) -> None:
+        options = _options(threads)
+        options.optimized_model_filepath = str(copy)
+        with suppress(BackendError):  # nothing is kept; a bad graph is reported below
+            made.append(_open(path, options))
+
+    graph_cache.keep(directory, write)
+    return made[0] if made else _open(path, _options(threads))
+
+
+def _expect_cuda(session: ort.InferenceSession, what: object) -> None:
+    """ONNX Runtime leaves out a provider that does not load, and says it in its log only."""
+    if _CUDA not in session.get_providers():
+        raise BackendError(f"{what}: ONNX Runtime did not take its {_CUDA}")
+
+
+@cache
+def cuda() -> Support:
+    """Does ONNX Runtime compute on a GPU here? A build with CUDA is tried on a graph of one node.
+
+    Its libraries (CUDA, cuDNN) are loaded from NVIDIA's Python packages where they are installed.
+    """
+    if _CUDA not in providers():
+        return Support(False, "the installed onnxruntime was built without CUDA")
+    said = io.StringIO()
+    ort.set_default_logger_severity(_SILENT)  # what fails here is told once, by the caller
+    try:
+        with redirect_stdout(said):  # preload_dlls prints what it does not find
+            ort.preload_dlls()
+        session = ort.InferenceSession(_NEGATE, providers=_PROVIDERS["cuda"], enable_fallback=0)
+        _expect_cuda(session, "one node")
+        session.run(None, {"x": np.zeros(1, np.float32)})
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        reason = (said.getvalue() or str(error)).strip().splitlines()[0]
+        needs = f"it needs a GPU, CUDA {ort.cuda_version} and cuDNN"
+        return Support(True, f"ONNX Runtime cannot compute there ({needs}): {reason}")
+    finally:
+        ort.set_default_logger_severity(_WARNINGS)
+    return Support(True, "")
 
 
 def providers() -> list[str]:

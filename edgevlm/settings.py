@@ -9,6 +9,7 @@ from dataclasses import dataclass
 DEFAULT_MAX_PIXELS = 100_000_000
 DEFAULT_CACHE_BYTES = 512 << 20  # 85 photos of 729 × 2048 values, or 6,000 of nano's
 DETAILS = ("low", "auto", "high")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Settings:
     """What holds for an engine as long as it is open; `Options` holds for one call.
 
     Attributes:
+        device: "cuda" runs everything on an NVIDIA GPU or fails, "auto" what can be run there.
         threads: one budget for every stage; None takes the physical cores, of which the language
             model leaves out those that other programs keep busy.
         max_pixels: larger pictures are refused before they are decoded.
@@ -28,6 +30,7 @@ class Settings:
         adapter: name of a LoRA adapter in the bundle; `VLM.use_adapter` switches it later.
     """
 
+    device: str = "auto"
     threads: int | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
     exact_decode: bool = False
@@ -39,6 +42,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for values outside their range."""
+        if self.device not in DEVICES:
+            raise ValueError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; it must be 1 or more")
         if self.max_pixels < 1:

@@ -34,7 +34,7 @@ class Run:
 
 def ours(bundle: Path, messages: Sequence[Message], pictures: Sequence[Image.Image]) -> Run:
     """The engine's own stages, with float32 keys and values."""
-    with edgevlm.load(bundle, precise=True, threads=1) as vlm:
+    with edgevlm.load(bundle, device="cpu", precise=True, threads=1) as vlm:
         language, marker = vlm._language, vlm.bundle.manifest["prompt"]["image_token"]
         images = [vlm.encode(picture) for picture in pictures]
         prompt = language.tokenize(vlm._family.prompt(messages, [i.layout for i in images]))

@@ -17,7 +17,7 @@ from edgevlm.errors import EdgeVLMError
 def command(as_json: bool) -> None:
     """What this machine has, how the libraries were built, and what each model would cost."""
     report = {"machine": _machine(), "kernels": _kernels(), "onnxruntime": _onnxruntime()}
-    report |= {"llama.cpp": _llama(), "models": _models()}
+    report |= {"llama.cpp": _llama(), "cuda": _cuda(), "models": _models()}
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -69,6 +69,20 @@ def _llama() -> dict[str, Any]:
         "library": str(llama.library_path()),
         "features": llama.build_features(),
         "repacking": "on" if verdict.extra_buffers else f"switched off: {verdict.finding}",
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    from edgevlm import placement
+
+    try:
+        found = placement.find()
+    except (EdgeVLMError, OSError) as error:  # a library that is not there or does not load
+        return {"problem": str(error)}
+    return {
+        "gpu": "an NVIDIA GPU" if found.gpu else "none that the system shows",
+        "image encoder": found.onnxruntime.problem or "runs there, if vision.onnx is not int8",
+        "language model": found.llama.problem or "runs there",
     }
 
 

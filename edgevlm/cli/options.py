@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgevlm.settings import DEFAULT_CACHE_BYTES, DEFAULT_MAX_PIXELS, DETAILS, Settings
+from edgevlm.settings import DEFAULT_CACHE_BYTES, DEFAULT_MAX_PIXELS, DETAILS, DEVICES, Settings
 
 if TYPE_CHECKING:
     from edgevlm.engine import VLM
@@ -39,6 +39,13 @@ def every(*decorators: Callable[[C], C]) -> Callable[[C], C]:
 model = every(
     option("-m", "--model", metavar="MODEL", help="Model name or bundle directory."),
     option("--adapter", metavar="NAME", help="LoRA adapter of the model to answer with."),
+    option(
+        "--device",
+        type=click.Choice(DEVICES),
+        default="auto",
+        show_default=True,
+        help="cuda: an NVIDIA GPU or an error; auto: whatever of it is there.",
+    ),
     option("-t", "--threads", type=click.IntRange(1), help="Threads [default: physical cores]."),
     option(
         "--max-pixels",
@@ -123,7 +130,10 @@ def open_model(arguments: Mapping[str, Any]) -> VLM:
             err=True,
         )
     names = {field.name for field in fields(Settings)}
-    return engine.load(chosen, **{k: v for k, v in arguments.items() if k in names})
+    vlm = engine.load(chosen, **{k: v for k, v in arguments.items() if k in names})
+    if vlm.placement.note and not arguments["quiet"]:
+        click.echo(f"edgevlm: {vlm.placement.note}", err=True)
+    return vlm
 
 
 def sampling_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
