@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ImageError,
         OutputError,
         PromptError,
+        TimeBudget,
         UnknownFamily,
     )
     from edgevlm.options import Options
@@ -69,6 +70,7 @@ __all__ = [
     "PromptError",
     "Reasoning",
     "Settings",
+    "TimeBudget",
     "Timings",
     "UnknownFamily",
     "load",

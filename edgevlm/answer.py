@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgevlm.errors import EdgeVLMError
     from edgevlm.layout import Layout
 
-FinishReason = Literal["stop", "length", "repetition"]
+FinishReason = Literal["stop", "length", "repetition", "budget"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -100,8 +100,8 @@ class Answer:
     """A whole answer and what it took.
 
     Attributes:
-        finish_reason: "stop" (the model ended), "length" (max_tokens reached) or "repetition"
-            (it had begun to loop).
+        finish_reason: "stop" (the model ended), "length" (max_tokens reached), "repetition"
+            (it had begun to loop) or "budget" (its time was over).
         prompt_tokens: positions of the prompt, image tokens included.
         image_tokens: positions taken by pictures.
         input_px, model_px: (height, width) of each picture as it came, and as the model saw it.

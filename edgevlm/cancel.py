@@ -7,11 +7,13 @@ thread waits where Ctrl-C can reach it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from threading import Timer
 from typing import ParamSpec, TypeVar
 
-from edgevlm.errors import Cancelled
+from edgevlm.errors import Cancelled, TimeBudget
 from edgevlm.kernels import Flag
 
 P = ParamSpec("P")
@@ -23,6 +25,7 @@ class Cancel:
         self.flag = Flag()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edgevlm")
         self._stop: Callable[[], None] | None = None
+        self._expired = False
 
     def cancel(self) -> None:
         """Make the running call raise `Cancelled`; harmless when nothing runs."""
@@ -33,6 +36,25 @@ class Cancel:
     def begin(self) -> None:
         """Forget an earlier cancel: a new call begins."""
         self.flag.clear()
+
+    @contextmanager
+    def within(self, seconds: float | None) -> Iterator[None]:
+        """Native work in the `with` block ends after that time, with `TimeBudget`."""
+        if seconds is None:
+            yield
+            return
+        timer = Timer(seconds, self._expire)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()  # one that fires late would stop the next call
+            self._expired = False
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.cancel()
 
     def stops_with(self, stop: Callable[[], None] | None) -> None:
         """`cancel` also calls `stop` while a stage runs that does not poll the flag."""
@@ -47,12 +69,17 @@ class Cancel:
 
         Raises:
             Cancelled: before it began, or because it saw the flag.
+            TimeBudget: the same, because the time of `within` has passed.
             KeyboardInterrupt: Ctrl-C; the work has ended and its memory is free again.
         """
-        self.check()
-        future = self._worker.submit(function, *args, **kwargs)
         try:
+            self.check()
+            future = self._worker.submit(function, *args, **kwargs)
             return future.result()
+        except Cancelled as error:
+            if self._expired:
+                raise TimeBudget("the time is over before the first word") from error
+            raise
         except KeyboardInterrupt:
             self.cancel()
             wait([future])

@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevlm import cgroup
+
 
 def thread_budget(threads: int | None = None) -> int:
     """Threads that kernels, ONNX Runtime and llama.cpp share; they run one after the other.
@@ -24,7 +26,7 @@ def thread_budget(threads: int | None = None) -> int:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be 1 or more")
         return threads
-    return max(1, min(physical_cores(), _quota()))
+    return max(1, int(min(physical_cores(), cgroup.cpus())))
 
 
 def free_threads(budget: int) -> int:
@@ -70,15 +72,6 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def _quota() -> int:
-    """Whole CPUs that the control group grants (containers); a large number without a limit."""
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, int(limit) // int(period))
-    except (OSError, ValueError):  # no control group v2, or "max": no limit
-        return 1 << 16
-
-
 @dataclass(frozen=True)
 class Support:
     """A library and CUDA: whether it was built with it, and why it does not compute there ("" if
@@ -116,13 +109,29 @@ def _cpuinfo(*keys: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def has_amx() -> bool:
+    """Whether the CPU has Intel's matrix tiles (Linux)."""
+    try:
+        return " amx_int8" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def total_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Of the machine, or of the container."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(machine, cgroup.memory_limit_bytes()))
 
 
 def available_memory_bytes() -> int:
-    """What new work can take without swapping (Linux: MemAvailable)."""
-    return _kib("/proc/meminfo", "MemAvailable") * 1024 or total_memory_bytes()
+    """What new work can take without swapping (Linux: MemAvailable), in a container too."""
+    machine = _kib("/proc/meminfo", "MemAvailable") * 1024 or total_memory_bytes()
+    return int(max(0, min(machine, cgroup.memory_free_bytes())))
+
+
+def rss_bytes() -> int:
+    """The memory this process holds now; 0 where the system does not tell."""
+    return _kib("/proc/self/status", "VmRSS") * 1024
 
 
 def peak_rss_bytes() -> int:

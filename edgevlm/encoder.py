@@ -6,13 +6,14 @@ be had while the model is busy with this one, and a photo seen before needs neit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from edgevlm import cache, image, preprocess, sessions, vision
+from edgevlm import cache, image, kernels, preprocess, sessions, vision
 from edgevlm.answer import Device, EncodedImage
 from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
@@ -30,7 +31,12 @@ class Photo:
     """A picture whose header was read."""
 
     image: image.Photo
+    family: Family
     layout: Layout
+
+    def seen_by(self, family: Family) -> Photo:
+        """The same, laid out by another family object: a cheaper one, say."""
+        return Photo(self.image, family, family.layout(self.image.height_px, self.image.width_px))
 
     @property
     def input_px(self) -> tuple[int, int]:
@@ -70,22 +76,22 @@ class Encoder:
         threads: int,
         cancel: Cancel,
         device: Device,
+        make_room: Callable[[], None],
     ) -> None:
-        """Raises BundleError when the vision file does not belong to this bundle."""
+        """`make_room` is called before the session is opened again after `release`.
+
+        Raises:
+            BundleError: the vision file does not belong to this bundle.
+        """
         self._settings = settings
         self._family = family
         self._threads = threads
         self._cancel = cancel
+        self._bundle = bundle
+        self._device = device
+        self._make_room = make_room
         self._model_sha256 = bundle.sha256("vision.onnx")
-        self._session = sessions.Session(
-            bundle.file("vision.onnx"), threads, device, sha256=self._model_sha256
-        )
-        width, expected = self._session.output_width, bundle.manifest["n_embd"]
-        if width != expected:
-            raise BundleError(
-                f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
-                "(bundle.json): export both again"
-            )
+        self._session: sessions.Session | None = self._open_session()
         self._cache = cache.Cache(settings.cache_bytes) if settings.cache else None
         self._made_by = (  # what else than the picture decides what its embeddings are
             self._model_sha256,
@@ -93,6 +99,31 @@ class Encoder:
             f"pillow {PIL.__version__}",
             f"onnxruntime {sessions.version()} on {device}",
         )
+
+    def _open_session(self) -> sessions.Session:
+        path = self._bundle.file("vision.onnx")
+        session = sessions.Session(path, self._threads, self._device, sha256=self._model_sha256)
+        width, expected = session.output_width, self._bundle.manifest["n_embd"]
+        if width != expected:
+            raise BundleError(
+                f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
+                "(bundle.json): export both again"
+            )
+        kernels.trim()  # opening leaves holes of a third of the weights
+        return session
+
+    def release(self) -> None:
+        """Give the memory of the vision model back; the next new picture opens it again."""
+        if self._session is not None:
+            self._session = None
+            kernels.trim()
+
+    def _tower(self) -> sessions.Session:
+        if self._session is None:
+            self._make_room()
+            kernels.trim()
+            self._session = self._open_session()
+        return self._session
 
     def open(self, picture: Picture) -> Photo | EncodedImage:
         """Read the header and lay the tiles out; nothing is decoded yet.
@@ -106,7 +137,8 @@ class Encoder:
                 raise PromptError("the picture was encoded by another model: encode it again")
             return picture
         photo = image.open_image(picture, max_pixels=self._settings.max_pixels)
-        return Photo(photo, self._family.layout(photo.height_px, photo.width_px))
+        layout = self._family.layout(photo.height_px, photo.width_px)
+        return Photo(photo, self._family, layout)
 
     def see(self, opened: Opened, meter: Meter, threads: int) -> Patches | EncodedImage:
         """Decode and preprocess, or find the embeddings; runs beside the model on any thread.
@@ -141,7 +173,12 @@ class Encoder:
             return seen
         with meter.stage("encode"):
             embeddings = call(
-                vision.encode, self._session, seen.data, seen.layout, self._family, self._cancel
+                vision.encode,
+                self._tower(),
+                seen.data,
+                seen.layout,
+                seen.photo.family,
+                self._cancel,
             )
         made = cache.entry(embeddings)
         if self._cache is not None and seen.key is not None:

@@ -16,7 +16,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edgevlm import device, families, gaze, many, placement, reasoning, region, registry, text
+from edgevlm import (
+    budget,
+    calibration,
+    device,
+    families,
+    gaze,
+    many,
+    placement,
+    plan,
+    reasoning,
+    region,
+    registry,
+    text,
+)
 from edgevlm.answer import Answer, Box, EncodedImage, Outcome, Piece, Point, fold
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cancel import Cancel
@@ -45,7 +58,8 @@ def load(model: str | Path | None = None, **settings: Any) -> VLM:
         HubError: its files have to be fetched first and could not be.
         BackendError: ONNX Runtime or llama.cpp cannot run it.
         PromptError: it does not know this `detail`.
-        DeviceError: "cuda" was asked for and is not there.
+        DeviceError: "cuda" was asked for and is not there, or the model does not fit into memory
+            in any way; nothing was opened.
         ValueError: a setting outside its range.
     """
     started = perf_counter()
@@ -70,6 +84,7 @@ class VLM:
         self.placement = placement.choose(settings.device, bundle)
         self._threads = device.thread_budget(settings.threads)
         self._family = families.find(bundle, settings.detail)
+        self.plan = plan.make(bundle, settings)
         self._cancel = Cancel()
         with ThreadPoolExecutor(1) as other:  # each library loads on one core, without the GIL
             encoder = other.submit(
@@ -80,9 +95,11 @@ class VLM:
                 threads=self._threads,
                 cancel=self._cancel,
                 device=self.placement.devices.encode,
+                make_room=self._make_room,
             )
             self._language = Language(
                 bundle,
+                way=self.plan.way,
                 threads=self._threads,
                 cancel=self._cancel,
                 precise=settings.precise,
@@ -123,6 +140,7 @@ class VLM:
             PromptError: an empty question, or options outside their range.
             ContextOverflow: question and pictures do not fit; raised before any work.
             OutputError: the answer could not be finished as the schema demands.
+            TimeBudget: `budget_s` is too short for the first word.
             Cancelled: `cancel` was called.
         """
         return fold(self.stream(pictures, question, places=places, **options))
@@ -237,7 +255,7 @@ class VLM:
             search = partial(self._search, sized=False, most=1, at_least=int(always))
             found = search(photo, prompts[0])
             if isinstance(photo, Photo) and accurate:
-                mirror = Photo(photo.image.mirrored(), photo.layout)
+                mirror = replace(photo, image=photo.image.mirrored())
                 target = gaze.agreed(found, search(mirror, prompts[1]))
             else:
                 target = found[0] if found else None
@@ -267,6 +285,11 @@ class VLM:
         """The question that `describe` asks this model."""
         return self._family.describe(length)
 
+    @property
+    def threads(self) -> int:
+        """The budget that all stages share."""
+        return self._threads
+
     def cancel(self) -> None:
         """Stop the running call from another thread: it raises `Cancelled`.
 
@@ -280,7 +303,7 @@ class VLM:
         """The path of a photo. A prompt that cannot be answered costs no work on pixels."""
         meter = Meter()
         _check(messages)
-        with self._exclusive():
+        with self._exclusive(), self._cancel.within(options.budget_s):
             asked = self._read(messages, pictures, options, meter)
             for piece in self._answer(asked, self._language):
                 if piece.text or piece.answer is not None:
@@ -299,6 +322,8 @@ class VLM:
         _check([message])
         if parallel < 1:
             raise ValueError(f"parallel is {parallel}; it must be 1 or more")
+        if options.budget_s is not None:
+            raise PromptError("a time budget is for one answer: ask about each picture")
         if options.reasoning:
             raise PromptError("the model reasons about one picture at a time: ask about each")
 
@@ -309,6 +334,11 @@ class VLM:
 
         with self._exclusive():
             self._language.sampler(options).close()  # before any work: the schema may be no good
+            if self.plan.way.apart:
+                yield from many.one_by_one(
+                    pictures, prepare, lambda asked: self._answer(asked, self._language)
+                )
+                return
             if isinstance(pictures, Sized):
                 parallel = max(1, min(parallel, len(pictures)))
             outcomes = many.outcomes(
@@ -328,7 +358,9 @@ class VLM:
         meter: Meter,
     ) -> _Asked:
         """Headers of pictures and words of the prompt; nothing is decoded yet."""
-        photos = [self._encoder.open(picture) for picture in pictures]
+        photos: list[Opened] = [self._encoder.open(picture) for picture in pictures]
+        if options.budget_s is not None:
+            messages, photos = self._affordable(messages, photos, options)
         layouts = [photo.layout for photo in photos]
         think = self._family.thinking(messages, layouts) if options.reasoning else None
         segments = think.segments if think else self._family.prompt(messages, layouts)
@@ -342,7 +374,7 @@ class VLM:
             with meter.stage("prefill"):
                 self._feed(language, prompt, images)
             thoughts = reasoning.think(language, think, options) if think else None
-            tokens = language.tokens(sampler, options.max_tokens)
+            tokens = budget.spoken(language.tokens(sampler, options.max_tokens))
             spoken = text.Spoken(tokens, options.stop, options.repetition_stop)
             for said in spoken.token_by_token():
                 if said:
@@ -393,7 +425,44 @@ class VLM:
             places += region.find(self._language, ends, sized=sized, most=most, at_least=at_least)
         return places
 
+    def _affordable(
+        self, messages: Sequence[Message], photos: Sequence[Opened], options: Options
+    ) -> tuple[Sequence[Message], list[Opened]]:
+        """The same, changed as far as the time demands; unchanged without a calibration.
+
+        Raises:
+            TimeBudget: there is no way to answer in time.
+        """
+        costs = calibration.known(self.bundle, self._threads)
+        if costs is None or options.budget_s is None:
+            return messages, [*photos]
+        ways, choices = [], []
+        for family in (self._family, *self._family.cheaper()):
+            seen: list[Opened] = [
+                photo.seen_by(family) if isinstance(photo, Photo) else photo for photo in photos
+            ]
+            for length in budget.shorter(messages[-1].length):
+                question = messages[-1].text if length is None else family.describe(length)
+                asked = [*messages[:-1], replace(messages[-1], text=question, length=length)]
+                segments = family.prompt(asked, [photo.layout for photo in seen])
+                limit = self._language.limit(options.max_tokens)
+                ways.append((asked, seen))
+                choices.append(
+                    budget.Choice(
+                        sum(p.layout.n_tiles for p in seen if isinstance(p, Photo)),
+                        self._language.n_unread(self._language.tokenize(segments), seen),
+                        min(budget.ANSWER_TOKENS[length], limit),
+                    )
+                )
+        return ways[budget.best(costs, options.budget_s, choices)]
+
+    def _make_room(self) -> None:
+        """The vision session takes its turn."""
+        self._language.release()
+
     def _feed(self, language: Language, prompt: Prompt, images: Sequence[EncodedImage]) -> None:
+        if self.plan.way.apart:
+            self._encoder.release()
         if self._settings.threads is None:  # leave busy cores to the programs that use them
             language.set_threads(device.free_threads(self._threads))
         language.feed(prompt, images)

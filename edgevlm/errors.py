@@ -8,6 +8,7 @@
     │ └ ContextOverflow  .needed, .available (tokens)
     ├ OutputError        the answer could not be finished as the schema demands
     ├ DeviceError        asked-for device or CPU tier is not there; memory plan does not fit
+    ├ TimeBudget         an answer is not possible in the time that was given
     ├ HubError           offline, not found, checksum, interrupted
     ├ Cancelled          cancel() was called while this ran
     └ BackendError       ONNX Runtime or llama.cpp failed; cause chained
@@ -66,6 +67,12 @@ class DeviceError(EdgeVLMError):
     """A device or CPU tier that was asked for is not there, or memory does not suffice."""
 
     exit_code = 6
+
+
+class TimeBudget(EdgeVLMError):
+    """No answer in the time that was given: by what was measured, or because it has passed."""
+
+    exit_code = 7
 
 
 class HubError(EdgeVLMError):

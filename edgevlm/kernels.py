@@ -99,6 +99,16 @@ def abort_callback() -> ctypes.c_void_p:
     return ctypes.cast(_library().edgevlm_flag_is_set, ctypes.c_void_p)
 
 
+def trim() -> None:
+    """Return freed memory to the system.
+
+    glibc keeps it: 0.4 GB after ONNX Runtime opened a float32 CLIP-L, 0.7 GB after it was closed.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries have none
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def resize(
     pixels: NDArray[np.uint8],  # [H, W, 3], pixels contiguous, rows any distance ≥ 0 apart
     out: NDArray[np.uint8],  # [tiles, n_patches, patch height · patch width · 3], contiguous

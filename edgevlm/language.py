@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm import device, probe
+from edgevlm import device
 from edgevlm.answer import Device, EncodedImage, FinishReason
 from edgevlm.bundle import Bundle, adapter_file
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BundleError, ContextOverflow, PromptError
-from edgevlm.llama import BATCH_TOKENS, Context, Model, Sampler
+from edgevlm.llama import Context, Model, Sampler
+from edgevlm.memory import BATCH_TOKENS, Way
 from edgevlm.options import Options
 from edgevlm.prompt import ImageSlot, Place, Segment, Text, Tokens
 from edgevlm.region import Region
@@ -60,53 +61,78 @@ class Language:
         *,
         threads: int,
         cancel: Cancel,
+        way: Way,
         precise: bool = False,
         adapter: str | None = None,
         device: Device = "cpu",
     ) -> None:
         """Raises BundleError when the language file does not belong to this bundle."""
-        self._cancel = cancel
-        self._threads = threads
-        self._precise = precise
         self._bundle = bundle
-        self._model = Model(
-            bundle.file("language.gguf"),
-            extra_buffers=probe.verdict().extra_buffers,
-            device=device,
-        )
-        expected = bundle.manifest["n_embd"]
-        if self._model.n_embd != expected:
-            raise BundleError(
-                f"language.gguf takes {self._model.n_embd}-wide embeddings; bundle.json says "
-                f"{expected}: export both again"
-            )
+        self._way = way
+        self._threads = threads
+        self._cancel = cancel
+        self._precise = precise
+        self._device = device
         self._adapters = self._adapter_files(adapter)
-        self._context = self._new_context(
-            bundle.manifest["n_ctx"], taps_hidden=bundle.has("region.npz")
-        )
+        self._cached: list[_Key] = []  # what is at the cache's positions
+        self._opened: tuple[Model, Context] | None = None if way.apart else self._open()
+        self._model = self._opened[0] if self._opened else self._load(vocabulary_only=True)
         self._sequence = 0  # of the context: the only one, or this slot's
+        self._row = -1  # of the context's logits: the last, or this slot's
+        self.unread: int | None = None  # a token that was said and has to be read next
         self._tokenizer = _tokenizer(bundle)
         self._image_token: str = bundle.manifest["prompt"]["image_token"]
         self._bos: bool = bundle.manifest["prompt"]["bos"]
         self._defaults = bundle.manifest["generation"]
         self._region: Region | None = None
-        self._cached: list[_Key] = []  # what is at the cache's positions
-        self._row = -1  # of the context's logits: the last, or this slot's
-        self.unread: int | None = None  # a token that was said and has to be read next
 
-    def _new_context(self, n_ctx: int, **further: Any) -> Context:
-        bundle = self._bundle
+    def _load(self, *, vocabulary_only: bool = False) -> Model:
+        return Model(
+            self._bundle.file("language.gguf"),
+            extra_buffers=self._way.repacked,
+            device=self._device,
+            vocabulary_only=vocabulary_only,
+        )
+
+    def _open(self) -> tuple[Model, Context]:
+        model, expected = self._load(), self._bundle.manifest["n_embd"]
+        if model.n_embd != expected:
+            raise BundleError(
+                f"language.gguf takes {model.n_embd}-wide embeddings; bundle.json says "
+                f"{expected}: export both again"
+            )
+        taps_hidden = self._bundle.has("region.npz")
+        return model, self._new_context(model, self._way.n_ctx, taps_hidden=taps_hidden)
+
+    def _new_context(self, model: Model, n_ctx: int, **further: Any) -> Context:
+        image = self._bundle.manifest["image"]
         context = Context(
-            self._model,
+            model,
             n_ctx,
             threads=self._threads,
             flag=self._cancel.flag,
             precise=self._precise,
-            n_batch=max(BATCH_TOKENS, bundle.manifest["image"].get("bidirectional_tokens", 0)),
+            n_batch=max(BATCH_TOKENS, image.get("bidirectional_tokens", 0)),
             **further,
         )
         context.set_adapters(self._adapters)
         return context
+
+    @property
+    def _context(self) -> Context:
+        """Opened at its first use where it takes turns with the vision session."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened[1]
+
+    def release(self) -> None:
+        """Give the memory of weights and cache back; the next use opens them again."""
+        if self._opened is not None:
+            model, context = self._opened
+            self._opened = None
+            self._cached.clear()
+            context.close()
+            model.close()
 
     def tokenize(self, segments: Sequence[Segment]) -> Prompt:
         """Token ids of the prompt.
@@ -126,8 +152,8 @@ class Language:
             else:
                 run.append(segment)
         prompt = Prompt(tuple(units))
-        if prompt.n_tokens + 1 > self._context.n_ctx:
-            raise ContextOverflow(prompt.n_tokens + 1, self._context.n_ctx)
+        if prompt.n_tokens + 1 > self._way.n_ctx:
+            raise ContextOverflow(prompt.n_tokens + 1, self._way.n_ctx)
         return prompt
 
     def _encode_together(self, segments: Sequence[Text | ImageSlot | Place]) -> list[_Unit]:
@@ -168,8 +194,9 @@ class Language:
             BackendError: llama.cpp cannot load it.
         """
         self._adapters = self._adapter_files(name)
-        self._context.set_adapters(self._adapters)
-        self._forget_from(0)  # keys and values of another model, in effect
+        if self._opened is not None:
+            self._context.set_adapters(self._adapters)
+            self._forget_from(0)  # keys and values of another model, in effect
 
     def _adapter_files(self, name: str | None) -> list[Path]:
         known = self._bundle.adapters
@@ -212,6 +239,14 @@ class Language:
         """Read more token ids, or embeddings float32 [n, n_embd], after what was read."""
         unlike_any: _Key = ("", 0)  # what no prompt begins with
         self._decode(rows, [unlike_any] * len(rows) if isinstance(rows, np.ndarray) else rows)
+
+    def n_unread(self, prompt: Prompt, images: Sequence[object]) -> int:
+        """Tokens of the prompt that `feed` would read; all, while a picture is not encoded yet."""
+        encoded = [image for image in images if isinstance(image, EncodedImage)]
+        if len(encoded) < len(images):
+            return prompt.n_tokens
+        keep = self._common_prefix(prompt.units, encoded)
+        return sum(_width(unit) for unit in prompt.units[keep:])
 
     def _common_prefix(self, units: Sequence[_Unit], images: Sequence[EncodedImage]) -> int:
         """How many units the cache holds already; the last is always read again for its logits."""
@@ -276,12 +311,12 @@ class Language:
 
     def needed(self, prompt: Prompt, max_tokens: int | None) -> int:
         """Positions that suffice for a prompt and its answer."""
-        return min(prompt.n_tokens + self.limit(max_tokens), self._context.n_ctx)
+        return min(prompt.n_tokens + self.limit(max_tokens), self._way.n_ctx)
 
     @property
     def room(self) -> int:
         """Positions that the context still has."""
-        return self._context.n_ctx - len(self._cached)
+        return self._way.n_ctx - len(self._cached)
 
     def logits(self) -> NDArray[np.float32]:
         """Of the next token, float32 [n_vocab]."""
@@ -326,7 +361,9 @@ class Language:
         del self._cached[position:]
 
     def close(self) -> None:
-        self._context.close()
+        """For good: unlike after `release`, nothing is opened again."""
+        for part in reversed(self._opened or ()):
+            part.close()
         self._model.close()
 
 
@@ -343,16 +380,17 @@ class Slots:
         Raises:
             BackendError: it does not even hold one.
         """
-        self.n_ctx = min(-(-n_ctx // _CELLS) * _CELLS, language._context.n_ctx)
+        self.n_ctx = min(-(-n_ctx // _CELLS) * _CELLS, language._way.n_ctx)
         each_bytes = language._model.cache_bytes(self.n_ctx, precise=language._precise)
         n = max(1, min(n, device.available_memory_bytes() // 2 // each_bytes))
         self._cancel = language._cancel
-        self._context = language._new_context(self.n_ctx, n_sequences=n)
+        self._context = language._new_context(language._model, self.n_ctx, n_sequences=n)
         self.all = [self._slot(language, sequence) for sequence in range(n)]
 
     def _slot(self, language: Language, sequence: int) -> Language:
         slot = copy(language)
-        slot._context, slot._sequence, slot._cached = self._context, sequence, []
+        slot._opened = language._model, self._context
+        slot._sequence, slot._cached = sequence, []
         slot._row, slot.unread = -1, None
         return slot
 

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from edgevlm.answer import Device
 from edgevlm.errors import BackendError, Cancelled, OutputError, PromptError
 from edgevlm.kernels import Flag, abort_callback
+from edgevlm.memory import BATCH_TOKENS
 
 
 @contextmanager
@@ -58,7 +59,6 @@ _log = logging.getLogger("edgevlm.llama")
 _complaints: deque[str] = deque(maxlen=8)  # llama.cpp's last warnings, for error messages
 _WARNING, _CONTINUED = 3, 5  # ggml_log_level
 
-BATCH_TOKENS = 512  # llama.cpp's own default for what it computes at once
 _PENALTY_WINDOW_TOKENS = 64
 _F32, _F16 = 0, 1  # ggml_type
 _PIECE_BYTES = 256
@@ -128,9 +128,17 @@ def cuda_free_bytes() -> int:
 class Model:
     """The weights and the vocabulary of a GGUF file."""
 
-    def __init__(self, path: Path, *, extra_buffers: bool, device: Device = "cpu") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        extra_buffers: bool,
+        device: Device = "cpu",
+        vocabulary_only: bool = False,
+    ) -> None:
         """Map the file; `extra_buffers` lets llama.cpp repack weights for this CPU.
 
+        With `vocabulary_only` it reads words and nothing that computes.
         "cuda" copies all layers to the first GPU, "cpu" lets no GPU take part at all.
 
         Raises:
@@ -140,6 +148,7 @@ class Model:
         _complaints.clear()
         params = lib.llama_model_default_params()
         params.use_extra_bufts = extra_buffers
+        params.vocab_only = vocabulary_only
         gpu = _cuda().gpus[0] if device == "cuda" else None
         devices = (ctypes.c_void_p * 2)(gpu, None)  # ends with a null; empty means no GPU
         params.devices = ctypes.cast(devices, ctypes.c_void_p)

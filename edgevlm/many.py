@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from edgevlm.answer import Outcome, Piece
+from edgevlm.answer import Outcome, Piece, fold
 from edgevlm.errors import EdgeVLMError, ImageError, OutputError, PromptError
 from edgevlm.language import Language, Slots
 
@@ -84,6 +84,19 @@ def outcomes(
             speaker.pieces.close()
         if slots is not None:
             slots.close()
+
+
+def one_by_one(
+    pictures: Iterable[Picture],
+    prepare: Callable[[Picture], Asked],
+    answer: Callable[[Asked], Pieces],
+) -> Iterator[Outcome]:
+    """The same, one answer at a time, where there is no memory for more."""
+    for index, picture in enumerate(pictures):
+        try:
+            yield Outcome(index, picture, fold(answer(prepare(picture))))
+        except _OF_ONE_PICTURE as error:
+            yield Outcome(index, picture, error=error)
 
 
 def in_order(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:

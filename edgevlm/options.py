@@ -26,6 +26,9 @@ class Options:
         schema: JSON schema that the answer must satisfy.
         grammar: GBNF grammar (llama.cpp's grammars/README.md) that the answer must satisfy.
         repetition_stop: end an answer that has begun to loop.
+        budget_s: seconds that the answer may take. Where the machine was calibrated, pictures are
+            looked at less closely and descriptions get shorter if they have to; what cannot be
+            done is refused at once. When the time is over, the answer ends.
         reasoning: think first, if the model can; the thoughts are in `Answer.reasoning`.
     """
 
@@ -39,6 +42,7 @@ class Options:
     schema: Mapping[str, Any] | None = None
     grammar: str | None = None
     repetition_stop: bool = True
+    budget_s: float | None = None
     reasoning: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +53,7 @@ class Options:
             ("top_k", "0 or more", self.top_k >= 0),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
             ("seed", "0 to 2³²-1", 0 <= self.seed < 2**32),
+            ("budget_s", "above 0", self.budget_s is None or 0 < self.budget_s < inf),
             (
                 "repeat_penalty",
                 "finite and above 0",

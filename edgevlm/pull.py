@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm import device, fetch, hub, paths
+from edgevlm import device, fetch, hub, memory, paths
 from edgevlm.bundle import MANIFEST, read_manifest
 from edgevlm.errors import BundleError, DeviceError, HubError
 
 _CATALOGUE = Path(__file__).parent / "data" / "models.json"
 _VALUE_BYTES = 2  # checkpoints are stored in 16 bits
-_BITS = {"f16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
-_RUNTIME_BYTES = 600 << 20  # libraries, cache of a conversation, a picture's activations
 _EXPORT_BYTES_S = 30e6  # of checkpoint, measured with int8 and q4_k_m on two slow cores
 
 
@@ -48,7 +46,8 @@ class Plan:
     download_bytes: int
     disk_bytes: int  # at the worst moment, without the download
     installed_bytes: int
-    memory_bytes: int  # to run it
+    memory_bytes: int  # to run it in its fastest way
+    least_memory_bytes: int  # and in its smallest
     export_s: float
 
     def __str__(self) -> str:
@@ -94,13 +93,16 @@ def find(wanted: str) -> tuple[str, fetch.Source]:
 
 
 def plan(listing: fetch.Listing, language: str) -> Plan:
-    installed = round(listing.n_bytes / _VALUE_BYTES * _BITS[language] / 8)
+    parameters = listing.n_bytes // _VALUE_BYTES
+    installed = memory.installed_bytes(parameters, language)
+    needs = memory.of_checkpoint(parameters, language)
     whole = 0 if language == "f16" else listing.n_bytes  # an f16 file, on the way
     return Plan(
         download_bytes=listing.missing_bytes,
         disk_bytes=installed + whole,
         installed_bytes=installed,
-        memory_bytes=installed + _RUNTIME_BYTES,
+        memory_bytes=memory.peak_bytes(needs, memory.ways(needs)[0]),
+        least_memory_bytes=memory.least_bytes(needs),
         export_s=listing.n_bytes / _EXPORT_BYTES_S,
     )
 
@@ -111,10 +113,11 @@ def check(needed: Plan) -> None:
     Raises:
         DeviceError: not enough disk or memory; the message has the numbers.
     """
-    if needed.memory_bytes > device.total_memory_bytes():
+    if needed.least_memory_bytes > device.total_memory_bytes():
         raise DeviceError(
-            f"this model needs about {needed.memory_bytes / 1e9:.1f} GB of memory, the machine has "
-            f"{device.total_memory_bytes() / 1e9:.1f}: take a smaller model or --llm q4_0"
+            f"this model needs about {needed.least_memory_bytes / 1e9:.1f} GB of memory at the "
+            f"least, the machine has {device.total_memory_bytes() / 1e9:.1f}: take a smaller model "
+            "or --llm q4_0"
         )
     wants: dict[int, tuple[Path, int]] = {}  # by file system
     for directory, n_bytes in (

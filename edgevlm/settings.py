@@ -28,6 +28,8 @@ class Settings:
         cache: keep image embeddings, in memory and on disk; the same photo is not encoded again.
         cache_bytes: what they may take on disk, those of all processes together.
         adapter: name of a LoRA adapter in the bundle; `VLM.use_adapter` switches it later.
+        max_ram: bytes that the model may take; one that does not fit runs in a smaller, slower
+            way or is refused before any work. None takes what the machine can lend.
     """
 
     device: str = "auto"
@@ -39,6 +41,7 @@ class Settings:
     cache: bool = True
     cache_bytes: int = DEFAULT_CACHE_BYTES
     adapter: str | None = None
+    max_ram: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for values outside their range."""
@@ -52,3 +55,5 @@ class Settings:
             raise ValueError(f"cache_bytes is {self.cache_bytes}; it must be 0 or more")
         if self.detail not in DETAILS:
             raise ValueError(f"detail is {self.detail!r}; it must be one of {', '.join(DETAILS)}")
+        if self.max_ram is not None and self.max_ram < 1:
+            raise ValueError(f"max_ram is {self.max_ram}; it must be 1 or more")

@@ -15,7 +15,7 @@ import tiny
 from edgevlm_export import export
 from PIL import Image
 
-from edgevlm.cli import cli, run
+from edgevlm.cli import cli, options, run
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +250,50 @@ def _edgevlm(*arguments: str, stdin: object = None, **environment: str):  # type
         env={**os.environ, **environment},
         check=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("1.5GB", 1_500_000_000),
+        ("800M", 800_000_000),
+        ("2GiB", 2 << 30),
+        (" 512 mib ", 512 << 20),
+        ("1k", 1000),
+        (".5g", 500_000_000),
+        ("3.", 3),
+        ("1234567", 1234567),
+        ("64b", 64),
+        ("1T", 10**12),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str, n_bytes: int) -> None:
+    assert options.size(text) == n_bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "GB", "-1GB", "0", "0.0001", "1e9", "nan", "inf", "1,5GB", "1.5.5", "1PB", "1 G B",
+     "iB", "5iB", "٣GB", "1GBps", "9" * 400, "1GB\n2GB", "0x10"],
+)  # fmt: skip
+def test_what_is_no_size_is_a_usage_error(capsys: Captured, photo: str, text: str) -> None:
+    assert run(["describe", photo, "--max-ram", text]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_plan_that_does_not_fit_ends_before_any_work(capsys: Captured, photo: str) -> None:
+    assert run(["describe", photo, "--max-ram", "1MB"]) == 6
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "max_ram allows 1MB" in captured.err
+
+
+def test_a_plan_that_gives_something_up_is_one_line(capsys: Captured, photo: str) -> None:
+    assert run(["info", "--json"]) == 0
+    peak = json.loads(capsys.readouterr().out)["plan"]["peak_bytes"]
+    assert run(["describe", photo, "--max-ram", str(peak - 1)]) == 0
+    assert capsys.readouterr().err.startswith("edgevlm: to fit into memory, image encoder and")
+    assert run(["describe", photo, "--max-ram", str(peak)]) == 0
+    assert capsys.readouterr().err == ""
+    assert run(["info", "--max-ram", "1MB"]) == 0
+    assert "max_ram allows 1MB" in capsys.readouterr().out

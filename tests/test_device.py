@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm import device
+from edgevlm import cgroup, device
 
 Machine = Callable[[dict[str, str]], None]
 
@@ -27,7 +27,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
             target = tmp_path / path.lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
-        monkeypatch.setattr(device, "Path", lambda path: tmp_path / path.lstrip("/"))
+        for module in (device, cgroup):
+            monkeypatch.setattr(module, "Path", lambda path: tmp_path / path.lstrip("/"))
 
     return pretend
 

@@ -2,7 +2,7 @@
 
 Answers go to stdout, everything else to stderr. Errors become one line and an exit code:
 0 ok · 1 internal · 2 usage · 3 some of a batch failed · 4 unreadable image · 5 model missing,
-offline or failing its checksum · 6 memory plan · 130 interrupted.
+offline or failing its checksum · 6 memory plan · 7 time budget · 130 interrupted.
 """
 
 from __future__ import annotations

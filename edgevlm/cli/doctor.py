@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from edgevlm.cli import options
 from edgevlm.errors import EdgeVLMError
+from edgevlm.settings import Settings
 
 
 @click.command("doctor")
 @options.option("--json", "as_json", is_flag=True, help="The same as JSON.")
-def command(as_json: bool) -> None:
+@options.option(
+    "--calibrate", is_flag=True, help="Measure a model, for --budget; takes about a minute."
+)
+@options.model
+def command(as_json: bool, calibrate: bool, **arguments: Any) -> None:
     """What this machine has, how the libraries were built, and what each model would cost."""
+    if calibrate:
+        _calibrate(arguments, as_json=as_json)
+        return
     report = {"machine": _machine(), "kernels": _kernels(), "onnxruntime": _onnxruntime()}
     report |= {"llama.cpp": _llama(), "cuda": _cuda(), "models": _models()}
     if as_json:
@@ -25,6 +34,22 @@ def command(as_json: bool) -> None:
         click.echo(section)
         for name, value in facts.items():
             click.echo(f"  {name + ':':<14} {value}")
+
+
+def _calibrate(arguments: dict[str, Any], *, as_json: bool) -> None:
+    from edgevlm import calibration
+    from edgevlm.cli.progress import Bars
+
+    with options.open_model(arguments) as vlm:
+        with Bars(quiet=arguments["quiet"]) as bars:
+            costs = asdict(calibration.measure(vlm, bars))
+        if as_json:
+            click.echo(json.dumps({"model": vlm.bundle.name, **costs}))
+            return
+        click.echo(
+            f"{vlm.bundle.name}: {costs['tile_ms']:.1f} ms a tile, {costs['prefill_ms']:.2f} ms a "
+            f"token read, {costs['token_ms']:.1f} ms a token said"
+        )
 
 
 def _machine() -> dict[str, Any]:
@@ -87,14 +112,13 @@ def _cuda() -> dict[str, Any]:
 
 
 def _models() -> dict[str, Any]:
-    from edgevlm import device, memory, registry
+    from edgevlm import plan, registry
 
-    available = device.available_memory_bytes()
     costs = {}
     for bundle in registry.known():
-        needed = memory.needed_bytes(bundle)
-        fits = "fits" if needed <= available else "does not fit now"
-        costs[bundle.path.name] = (
-            f"{bundle.n_bytes / 1e6:.0f} MB on disk, about {needed / 1e6:.0f} MB of memory: {fits}"
-        )
+        try:
+            memory = f"memory {plan.make(bundle, Settings())}"
+        except EdgeVLMError as error:
+            memory = str(error)
+        costs[bundle.path.name] = f"{bundle.n_bytes / 1e6:.0f} MB on disk; {memory}"
     return costs

@@ -87,7 +87,7 @@ def info(context: click.Context, /, name: str) -> None:
 
     known = {model.name: model for model in pull.catalogue()}
     if name not in known or name in [bundle.path.name for bundle in registry.installed()]:
-        context.invoke(installed, model=name, as_json=False)
+        context.invoke(installed, model=name, as_json=False, max_ram=None)
         return
     model = known[name]
     click.echo(f"{name}: {model.summary}")

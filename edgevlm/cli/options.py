@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from edgevlm.engine import VLM
 
 C = TypeVar("C", bound=Callable[..., Any])
+_FLAGS = re.ASCII | re.IGNORECASE
 
 
 def option(*names: str, **attributes: Any) -> Callable[[C], C]:
@@ -35,6 +37,26 @@ def every(*decorators: Callable[[C], C]) -> Callable[[C], C]:
 
     return decorate
 
+
+def size(text: str) -> int:
+    """Bytes of "1.5GB", "800M", "2GiB" or a plain number; k to T are powers of 1000, Ki to Ti of
+    1024."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt])(i?))?b?", text.strip(), _FLAGS)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size: write for example 1.5GB, 800MB or 2GiB")
+    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
+    n_bytes = float(match[1]) * (1024 if match[3] else 1000) ** power
+    if not 1 <= n_bytes < 2**63:
+        raise click.BadParameter(f"{text!r} is no size that memory can have")
+    return int(n_bytes)
+
+
+max_ram = option(
+    "--max-ram",
+    metavar="SIZE",
+    callback=lambda _, __, given: None if given is None else size(given),
+    help="Memory the model may take, for example 1.5GB [default: what is available].",
+)
 
 model = every(
     option("-m", "--model", metavar="MODEL", help="Model name or bundle directory."),
@@ -79,6 +101,7 @@ model = every(
         show_default=True,
         help="How closely to look, if the model can choose: low is fast, high is slow.",
     ),
+    max_ram,
     option("-q", "--quiet", is_flag=True, help="No hints on stderr."),
     option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
 )
@@ -100,6 +123,13 @@ sampling = every(
     option("--seed", type=int, default=0, show_default=True, help="Of the sampler."),
     option("--repeat-penalty", type=float, help="1 is off [default: the model's]."),
     option("--stop", multiple=True, metavar="TEXT", help="End the answer here; may be repeated."),
+    option(
+        "--budget",
+        "budget_s",
+        type=click.FloatRange(0, min_open=True),
+        metavar="SECONDS",
+        help="Answer within this time; `edgevlm doctor --calibrate` lets it choose well.",
+    ),
     option("--no-repetition-stop", is_flag=True, help="Let an answer that loops go on."),
     option(
         "--schema",
@@ -133,6 +163,17 @@ def open_model(arguments: Mapping[str, Any]) -> VLM:
     vlm = engine.load(chosen, **{k: v for k, v in arguments.items() if k in names})
     if vlm.placement.note and not arguments["quiet"]:
         click.echo(f"edgevlm: {vlm.placement.note}", err=True)
+    if vlm.plan.gives_up and not arguments["quiet"]:
+        click.echo(f"edgevlm: to fit into memory, {vlm.plan.gives_up}", err=True)
+    if arguments.get("budget_s") and not arguments["quiet"]:
+        from edgevlm import calibration
+
+        if calibration.known(vlm.bundle, vlm.threads) is None:
+            click.echo(
+                "edgevlm: what fits into the budget is not known yet: `edgevlm doctor --calibrate` "
+                "measures it, until then answers are cut off",
+                err=True,
+            )
     return vlm
 
 
@@ -140,7 +181,7 @@ def sampling_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `Options` that the command line sets."""
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "repeat_penalty", "stop")
     return {
-        **{name: arguments[name] for name in names},
+        **{name: arguments[name] for name in (*names, "budget_s")},
         "repetition_stop": not arguments["no_repetition_stop"],
         "schema": _read_schema(arguments["schema"]),
     }

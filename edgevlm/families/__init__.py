@@ -41,6 +41,10 @@ class Family(Protocol):
     def describe(self, length: str) -> str:
         """The question that asks for a description: "short", "normal" or "long"."""
 
+    def cheaper(self) -> Sequence[Family]:
+        """The same family looking less closely, best first, for who has little time."""
+        return ()
+
     def graph_inputs(self, layout: Layout) -> Mapping[str, NDArray[Any]]:
         """Inputs of the vision graph besides the patches, by name."""
         return {}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm import families, paths, preprocess, region, vision
+from edgevlm import families, paths, plan, preprocess, region, vision
 from edgevlm.answer import EncodedImage
 from edgevlm.bundle import MANIFEST, Bundle, manifest_text, open_bundle
 from edgevlm.cancel import Cancel
@@ -28,6 +28,7 @@ from edgevlm.layout import Layout
 from edgevlm.options import Options
 from edgevlm.prompt import ImageSlot, Message, Segment
 from edgevlm.sessions import Session
+from edgevlm.settings import Settings
 
 from . import oracles, photos
 from .checkpoint import Checkpoint
@@ -69,7 +70,10 @@ class _Ours:
         self._threads, self._cancel = threads, Cancel()
         self._family = families.find(bundle)
         self._session = Session(bundle.file("vision.onnx"), threads)
-        self._language = Language(bundle, threads=threads, cancel=self._cancel, precise=True)
+        way = plan.make(bundle, Settings(precise=True)).way
+        self._language = Language(
+            bundle, way=way, threads=threads, cancel=self._cancel, precise=True
+        )
         self._ends: list[int] = bundle.manifest["generation"]["stop_token_ids"]
 
     def look(self, pixels: photos.Pixels) -> tuple[Question, Seen]:
