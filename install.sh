@@ -1,5 +1,6 @@
 #!/bin/sh
-# Sets up edgevlm in .venv beside this file: ./install.sh, or ./install.sh dev for the tests too.
+# Sets up edgevlm in .venv beside this file: ./install.sh, or with extras: ./install.sh dev for the
+# tests too, ./install.sh bench for llama.cpp's own multimodal path to measure against.
 # Needs Python 3.10-3.13 with venv, and g++. $PYTHON chooses the interpreter.
 set -eu
 cd "$(dirname "$0")"
@@ -19,8 +20,20 @@ pip() {
     .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"
 }
 
+mtmd=OFF
+again=
+case ",${1:-}," in
+*,bench,*)
+    mtmd=ON
+    # pip would keep the library that it has, or that it compiled before, without libmtmd
+    ls .venv/lib/python3.*/site-packages/llama_cpp/lib/libmtmd.* >/dev/null 2>&1 ||
+        again="--force-reinstall --no-deps --no-cache-dir"
+    ;;
+esac
+
 echo "install.sh: compiling llama.cpp, which comes as source; this takes two minutes or so" >&2
-CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$PWD/cmake/llama-cpp.cmake" \
-    pip install llama-cpp-python==0.3.36
+# shellcheck disable=SC2086 # $again is words
+CMAKE_ARGS="-DEDGEVLM_MTMD=$mtmd -DCMAKE_PROJECT_INCLUDE=$PWD/cmake/llama-cpp.cmake" \
+    pip install $again llama-cpp-python==0.3.36
 pip install ".${1:+[$1]}"
 echo "install.sh: done; try .venv/bin/edgevlm describe examples/cat.jpg" >&2

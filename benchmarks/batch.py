@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import common
-from edgevlm.bench import photo
-from edgevlm.bench.mtmd import Peer, Setup
 
 import edgevlm
 from edgevlm import probe
+from edgevlm.bench import photo
+from edgevlm.bench.mtmd import Peer, Setup
 from edgevlm.many import PARALLEL
 from edgevlm.prompt import ImageSlot
 
@@ -93,16 +93,16 @@ def main() -> None:
         one_view = [size for size in photo.SIZES_PX[1:] if vlm.layout(*size).n_tiles == 1]
         pixels = photo.drawn(*(one_view or photo.SIZES_PX)[0])
         files = [Path(scratch) / f"{n}.jpg" for n in range(options.photos)]
-        photo.save_round(pixels, files[0], 0)
+        photo.save_another(pixels, files[0])
         peer = None
         if options.mmproj:
             peer = stack.enter_context(Peer(setup(vlm, options.mmproj, files[0])))
         who = describers(vlm, options.parallel, options.max_tokens, peer)
         for describe in who.values():
             describe(files[:1])  # warms up
-        for number in range(options.rounds):
-            for n, file in enumerate(files):
-                photo.save_round(pixels, file, 1 + number * len(files) + n)
+        for _ in range(options.rounds):
+            for file in files:
+                photo.save_another(pixels, file)
             texts = {}
             for name, describe in who.items():
                 begin_s = time.perf_counter()

@@ -8,16 +8,15 @@ of the first take turns; another photo is asked about in between. Answers must n
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from pathlib import Path
 
 import common
-from edgevlm.bench import photo
 
 import edgevlm
 from edgevlm.answer import Answer
+from edgevlm.bench import photo
 
 NEW, ON_DISK, IN_MEMORY, SECOND = "new photo", "on disk", "in memory", "second question"
 QUESTIONS = ("What is in the picture?", "Which colours do you see?")
@@ -59,7 +58,7 @@ def main() -> None:
         files = [Path(scratch) / "new.jpg", Path(scratch) / "other.jpg"]
         for _ in range(options.rounds):
             for file in files:
-                photo.save_round(pixels, file, int.from_bytes(os.urandom(4), "big"))
+                photo.save_another(pixels, file)
             rounds.append(turn(options.model, options.threads, files))
     times = {
         f"{name}: {stage.replace('_', ' ')}": {

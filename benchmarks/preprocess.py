@@ -4,31 +4,26 @@ edgevlm, Pillow with numpy, and Hugging Face's CLIP processor take turns on the 
 JPEGs, with and without decode; medians and ratios are printed. Then: what scaled JPEG decode
 changes, in patches and, with --bundle, in embeddings.
 
-    python benchmarks/preprocess.py [--rounds N] [--json] [--bundle DIR] [--photo FILE ...]
+    python benchmarks/preprocess.py [--rounds N] [--json FILE] [--bundle DIR] [--photo FILE ...]
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
-import json
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-import transformers
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from edgevlm import bundle as bundles
-from edgevlm import device, families, kernels, vision
+from edgevlm import device, families, vision
+from edgevlm.bench import photo
 from edgevlm.cancel import Cancel
 from edgevlm.image import Photo, open_image
 from edgevlm.layout import Layout, View
@@ -37,7 +32,7 @@ from edgevlm.sessions import Session
 
 SIDE_PX, PATCH_PX = 336, 14  # CLIP ViT-L/14-336, the tower of LLaVA
 SIZES_PX = {"0.3 MP": (480, 640), "2 MP": (1224, 1632), "12 MP": (3000, 4000)}
-PEERS = ("Pillow + numpy", "Hugging Face CLIP")
+PEER = "Pillow + numpy"
 
 Work = Callable[[], Any]
 Encode = Callable[[NDArray[np.uint8], Layout], NDArray[np.float32]]
@@ -53,19 +48,10 @@ def clip_layout(height: int, width: int) -> Layout:
     return Layout((view,), SIDE_PX, PATCH_PX, True, (0, 0, 0), (SIDE_PX // PATCH_PX) ** 2)
 
 
-def photo_like(height: int, width: int, seed: int = 0) -> bytes:
+def photo_like(height: int, width: int) -> bytes:
     """A JPEG whose detail falls off with frequency as a photo's does (1/f), quality 90."""
-    random = np.random.default_rng(seed)
-    total = np.zeros((height, width, 3), np.float32)
-    cells = 4
-    while cells <= width:
-        shape = (max(2, cells * height // width), cells, 3)
-        octave = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8))
-        total += np.asarray(octave.resize((width, height), Image.Resampling.BICUBIC)) * (4 / cells)
-        cells *= 2
-    total -= total.min()
     stream = io.BytesIO()
-    Image.fromarray((total * (255 / total.max())).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    Image.fromarray(photo.drawn(height, width)).save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
@@ -97,7 +83,7 @@ def contenders(jpeg: bytes, layout: Layout) -> dict[str, dict[str, Work]]:
         "without decode": {
             "edgevlm, 1 thread": lambda: patches(pixels, layout, 1),
             "edgevlm, 2 threads": lambda: patches(pixels, layout, 2),
-            "Pillow + numpy": lambda: pillow_patches(image, layout),
+            PEER: lambda: pillow_patches(image, layout),
             "Hugging Face CLIP": lambda: clip(image, return_tensors="np"),
         },
         "with decode": {
@@ -105,31 +91,19 @@ def contenders(jpeg: bytes, layout: Layout) -> dict[str, dict[str, Work]]:
             "edgevlm, 2 threads": edgevlm(layout.at_least_px, 2),
             "edgevlm, full decode, 1 thread": edgevlm(None, 1),
             "edgevlm, full decode, 2 threads": edgevlm(None, 2),
-            "Pillow + numpy": lambda: pillow_patches(decoded(), layout),
+            PEER: lambda: pillow_patches(decoded(), layout),
             "Hugging Face CLIP": lambda: clip(decoded(), return_tensors="np"),
         },
     }
 
 
-def medians_ms(work: dict[str, Work], rounds: int) -> dict[str, float]:
-    """All take turns, so that whatever else the machine does meets all of them alike."""
-    times_ms: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
-        for name, call in work.items():
-            begin_s = time.perf_counter()
-            call()
-            if turn > 0:  # the first turn warms up
-                times_ms[name].append(1e3 * (time.perf_counter() - begin_s))
-    return {name: statistics.median(times) for name, times in times_ms.items()}
-
-
-def scaled_decode(photo: Photo, layout: Layout, encode: Encode | None) -> dict[str, Any]:
+def scaled_decode(opened: Photo, layout: Layout, encode: Encode | None) -> dict[str, Any]:
     """What decoding at a fraction of the size changes, in grey levels of 0..255."""
-    small = photo.pixels(layout.at_least_px)
-    exact, scaled = patches(photo.pixels(), layout, 1), patches(small, layout, 1)
+    small = opened.pixels(layout.at_least_px)
+    exact, scaled = patches(opened.pixels(), layout, 1), patches(small, layout, 1)
     off = np.abs(exact.astype(np.int16) - scaled)
     found: dict[str, Any] = {
-        "picture_px": [photo.height_px, photo.width_px],
+        "picture_px": [opened.height_px, opened.width_px],
         "decoded_px": list(small.shape[:2]),
         "max_abs": int(off.max()),
         "mean_abs": float(off.mean()),
@@ -155,67 +129,34 @@ def differences(photos: dict[str, bytes], directory: Path | None) -> dict[str, d
         encode = functools.partial(vision.encode, session, family=family, cancel=cancel)
     found = {}
     for name, jpeg in photos.items():
-        photo = open_image(jpeg)
-        layout = layout_of(photo.height_px, photo.width_px)
-        found[name] = scaled_decode(photo, layout, encode)
+        opened = open_image(jpeg)
+        layout = layout_of(opened.height_px, opened.width_px)
+        found[name] = scaled_decode(opened, layout, encode)
     cancel.close()
     return found
 
 
-def machine() -> dict[str, str]:
-    turbo = features.version_feature("libjpeg_turbo")
-    return {
-        "cpu": device.cpu_name(),
-        "cores": str(device.physical_cores()),
-        "tier": kernels.tier(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pillow": f"{features.version('pil')}, libjpeg-turbo {turbo}",
-        "transformers": transformers.__version__,
-    }
-
-
-def print_table(result: dict[str, Any]) -> None:
-    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    for size, stages in result["medians_ms"].items():
-        for stage, times in stages.items():
-            best_peer_ms = min(times[peer] for peer in PEERS)
-            print(f"\n{size}, {stage}: median of {result['rounds']}, ratio to the faster peer")
-            for name, time_ms in times.items():
-                print(f"  {name:<32}{time_ms:9.2f} ms{best_peer_ms / time_ms:8.2f}×")
-    print("\nScaled JPEG decode against full decode:")
-    for name, found in result["scaled_decode"].items():
-        print(f"  {name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true")
+    parser = common.parser(__doc__, rounds=15)
     parser.add_argument("--bundle", type=Path, help="also compare this model's embeddings")
     parser.add_argument("--photo", type=Path, nargs="*", default=[], help="JPEGs for --bundle")
     options = parser.parse_args()
 
     jpegs = {name: photo_like(*size_px) for name, size_px in SIZES_PX.items()}
-    result = {
-        "machine": machine(),
-        "rounds": options.rounds,
-        "medians_ms": {
-            name: {
-                stage: medians_ms(work, options.rounds)
-                for stage, work in contenders(jpeg, clip_layout(*SIZES_PX[name])).items()
-            }
-            for name, jpeg in jpegs.items()
-        },
-        "scaled_decode": differences(
-            jpegs | {str(path): path.read_bytes() for path in options.photo}, options.bundle
-        ),
+    times = {
+        f"{name}, {stage}": common.medians_ms(work, options.rounds)
+        for name, jpeg in jpegs.items()
+        for stage, work in contenders(jpeg, clip_layout(*SIZES_PX[name])).items()
     }
-    if options.json:
-        json.dump(result, sys.stdout, indent=2)
-        print()
-    else:
-        print_table(result)
+    photos = jpegs | {str(path): path.read_bytes() for path in options.photo}
+    found = common.result(
+        str(__doc__).splitlines()[0], PEER, times, options,
+        scaled_decode=differences(photos, options.bundle),
+    )  # fmt: skip
+    common.publish(found, options)
+    print("\nScaled JPEG decode against full decode:")
+    for name, difference in found["scaled_decode"].items():
+        print(f"  {name}: {', '.join(f'{key} {value}' for key, value in difference.items())}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 # Build settings for llama-cpp-python, which PyPI has only as source. install.sh passes this file
 # through CMAKE_ARGS=-DCMAKE_PROJECT_INCLUDE=...; it halves the time that llama.cpp takes to compile.
 
-# Only libllama and libggml are used: llama.cpp's `common` (argument parser, chat templates) and
-# libmtmd stay out. A normal variable wins over the cache entry that llama-cpp-python forces
-# (CMake policy CMP0126).
+# Only libllama and libggml are used: llama.cpp's `common` (argument parser, chat templates) stays
+# out, and libmtmd, which only `edgevlm bench --vs mtmd` wants, too (EDGEVLM_MTMD=ON builds it). A
+# normal variable wins over the cache entry that llama-cpp-python forces (CMake policy CMP0126).
 set(LLAMA_BUILD_COMMON OFF)
-set(LLAVA_BUILD OFF)
+if(NOT EDGEVLM_MTMD)
+  set(LLAVA_BUILD OFF)
+endif()
 
 # gcc before 13 declares 8 of the 64 bytes that _tile_loadconfig reads, drops the stores that fill
 # them, and the AMX kernels crash on CPUs that have AMX. Without AMX the AVX-512 kernels serve.

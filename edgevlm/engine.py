@@ -37,6 +37,7 @@ from edgevlm.chat import Chat
 from edgevlm.encoder import Encoder, Opened, Photo, Picture
 from edgevlm.errors import PromptError
 from edgevlm.language import Language, Prompt, Slots
+from edgevlm.layout import Layout
 from edgevlm.meter import Meter
 from edgevlm.options import Options
 from edgevlm.prompt import Message, Place, Segment, Thinking
@@ -281,14 +282,30 @@ class VLM:
         with self._exclusive():
             self._language.use_adapter(name)
 
-    def question_for(self, length: str) -> str:
-        """The question that `describe` asks this model."""
-        return self._family.describe(length)
+    def prompt(self, picture: Picture) -> Prompt:
+        """What `describe` would feed: token ids, and where the picture stands. Decodes nothing."""
+        with self._exclusive():
+            layouts = [self._encoder.open(picture).layout]
+            message = Message("user", self._family.describe("normal"), (0,), "normal")
+            return self._language.tokenize(self._family.prompt([message], layouts))
+
+    def layout(self, height_px: int, width_px: int) -> Layout:
+        """The resizes and tiles in which a picture of this size is seen."""
+        return self._family.layout(height_px, width_px)
 
     @property
     def threads(self) -> int:
         """The budget that all stages share."""
         return self._threads
+
+    @property
+    def language_parameters(self) -> int:
+        """Weights of the language model, its embedding table included."""
+        return self._language.n_parameters
+
+    def question_for(self, length: str) -> str:
+        """The question that `describe` asks this model."""
+        return self._family.describe(length)
 
     def cancel(self) -> None:
         """Stop the running call from another thread: it raises `Cancelled`.

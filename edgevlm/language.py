@@ -318,6 +318,10 @@ class Language:
         """Positions that the context still has."""
         return self._way.n_ctx - len(self._cached)
 
+    @property
+    def n_parameters(self) -> int:
+        return self._model.n_parameters
+
     def logits(self) -> NDArray[np.float32]:
         """Of the next token, float32 [n_vocab]."""
         return self._context.logits(self._row)

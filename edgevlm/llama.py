@@ -66,7 +66,7 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_log(level: int, text: bytes, _: object) -> None:
+def on_log(level: int, text: bytes, _: object) -> None:
     line = text.decode("utf-8", "replace").rstrip()
     if _WARNING <= level < _CONTINUED:
         _complaints.append(line)
@@ -75,7 +75,7 @@ def _on_log(level: int, text: bytes, _: object) -> None:
 
 @cache
 def _start() -> None:
-    lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+    lib.llama_log_set(on_log, ctypes.c_void_p(0))
     lib.llama_backend_init()
 
 
@@ -162,6 +162,7 @@ class Model:
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
         self.bos: int = lib.llama_vocab_bos(self.vocab)
         self._adapters: dict[Path, Any] = {}
+        self.n_parameters: int = lib.llama_model_n_params(self.handle)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens recognised, nothing added around it."""

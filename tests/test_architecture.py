@@ -37,7 +37,7 @@ def test_the_runtime_never_imports_what_only_training_needs() -> None:
 
 
 def test_only_its_verbs_reach_the_exporter() -> None:
-    assert importers("edgevlm_export") == ["cli/export.py", "cli/verify.py"]
+    assert importers("edgevlm_export") == ["cli/bench.py", "cli/export.py", "cli/verify.py"]
 
 
 def test_the_exporter_has_one_importer_of_llama_cpp() -> None:
@@ -54,8 +54,12 @@ def test_the_exporter_needs_no_torch_but_to_verify_to_trace_and_to_train_nano() 
 
 def test_each_library_has_one_importer() -> None:
     assert importers("onnxruntime") == ["sessions.py"]
-    assert importers("llama_cpp") == ["llama.py"]
-    assert importers("ctypes") == ["kernels.py", "llama.py"]
+    assert importers("llama_cpp") == ["bench/mtmd.py", "llama.py"]
+    peer = (ROOT / "edgevlm/bench/mtmd.py").read_text()  # libmtmd's binding and nothing else of it
+    assert re.findall(r"^ *(?:from|import) llama_cpp.*$", peer, re.MULTILINE) == [
+        "        from llama_cpp import mtmd_cpp"
+    ]
+    assert importers("ctypes") == ["bench/mtmd.py", "kernels.py", "llama.py"]
 
 
 def test_family_names_stay_in_families() -> None:

@@ -26,6 +26,7 @@ _VERBS = (
     "cache",
     "verify",
     "doctor",
+    "bench",
 )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
     from .families import Arrays, Parts
     from .graph import Graph
 
@@ -26,7 +27,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]  # what, steps done, steps
 
 
 def export(
-    source: Path,
+    source: Path | Checkpoint,
     out: Path,
     *,
     family: str | None = None,
@@ -40,12 +41,12 @@ def export(
     lora: Path | None = None,
     adapters: Mapping[str, Path] | None = None,
     imatrix: Path | None = None,
-    photos: Sequence[Path] = (),
+    photos: Sequence[Path] | None = (),
     threads: int | None = None,
     progress: Progress | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the bundle of the checkpoint directory `source` into the new directory `out`.
+    """Write the bundle of `source`, a checkpoint or its directory, into the new directory `out`.
 
     Args:
         family, prompt, fit: override what the checkpoint says; `prompt` names the language model's
@@ -58,7 +59,8 @@ def export(
         lora: directory of a PEFT adapter, merged into the weights.
         adapters: directories of PEFT adapters by name, to be switched at run time.
         imatrix: importance matrix for the quantized languages (imatrix.gguf).
-        photos: what int8 is measured on, files or directories; by default drawn pictures.
+        photos: what int8 is measured on, files or directories; by default drawn pictures. None
+            does not measure, and lets every layer be int8.
         threads: by default the physical cores.
         progress: told how far each part is.
         origin: "id" and "revision" of the source; by default the directory's name.
@@ -79,7 +81,8 @@ def export(
     _check(language=language, vision=vision, imatrix=imatrix, exporter=exporter)
     report: Progress = progress or (lambda what, done, total: None)
     budget = thread_budget(threads)
-    checkpoint = Checkpoint(source, tokenizer)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, tokenizer)
+    source = checkpoint.directory
     adapter = Lora(lora) if lora is not None else None
     if adapter is not None:
         checkpoint.adapt(adapter)
@@ -213,7 +216,7 @@ def _write_vision(
     graph: Graph,
     directory: Path,
     manifest: dict[str, Any],
-    photos: Sequence[Path],
+    photos: Sequence[Path] | None,
     threads: int,
     report: Progress,
 ) -> None:
@@ -224,7 +227,9 @@ def _write_vision(
     model, kind = graph.model(), manifest["quantization"]["vision"]
     if kind == "fp16":
         model = precision.fp16(model)
-    elif kind == "int8":
+    elif kind == "int8" and photos is None:
+        model = precision.int8(model)
+    elif kind == "int8" and photos is not None:
         family = gate.family_of(directory, manifest)
         seen = list(pictures.read(photos))
         verdict = gate.Gate(

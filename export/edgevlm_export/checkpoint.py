@@ -59,9 +59,12 @@ class Checkpoint:
         if config is None:
             raise BundleError(f"{directory} has no config.json: it is not a checkpoint")
         self.config = config
-        self._entries = _entries(directory)
+        self._entries = self._find()
         self._adapter: Adapter | None = None
         self._renamed: list[Adapter] = []
+
+    def _find(self) -> dict[str, Entry]:
+        return _entries(self.directory)
 
     def adapt(self, adapter: Adapter) -> None:
         """From now on `get` gives the tensors with `adapter` merged into them."""
