@@ -137,7 +137,7 @@ def test_the_card_says_what_the_two_graphs_give(tmp_path: Path) -> None:
     assert said["cosine_mean"] == pytest.approx(found.mean(), abs=2e-6)
     assert said["cosine_worst_token"] == pytest.approx(found.min(), abs=2e-6)
     assert said["photos"] == 4
-    assert said["layers"] == 3 * 4 + 2  # three layers of four, and the projector
+    assert said["layers"] == 3 * 6 + 2  # three layers of six, and the projector
     assert said["float_layers"] == []
 
 

@@ -16,7 +16,7 @@ from edgevlm.errors import BundleError
 from .checkpoint import Checkpoint
 from .graph import Array, Graph
 from .phi2 import n_layers
-from .tower import Normalisation, attend, fold, linear
+from .tower import Normalisation, attention, fold, linear
 
 _EPS = 1e-5  # torch's default, which the reference uses; SigLIP's own is 1e-6
 _N_HEADS = {720: 10}  # of the 0.5B model's narrower tower; else the reference's own default
@@ -138,22 +138,19 @@ def _linear(
 
 def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: str) -> str:
     width, ff_width, n_heads = tower.width, tower.ff_width, tower.n_heads
-    fused = weights.expect(f"{name}.attn.qkv.weight", 3 * width, width)
-    fused_bias = weights.expect(f"{name}.attn.qkv.bias", 3 * width)
+    weights.expect(f"{name}.attn.qkv.weight", 3 * width, width)
+    weights.expect(f"{name}.attn.qkv.bias", 3 * width)
+    weights.expect(f"{name}.attn.proj.weight", width, width)
+    weights.expect(f"{name}.attn.proj.bias", width)
 
-    def scaled(tensor: str) -> Array:
-        """Rows of Q carry the 1/√head of the attention."""
-        values = weights.get(tensor)
-        values[:width] /= np.float32(np.sqrt(width // n_heads))
-        return values
+    def read(part: str, kind: str) -> Array:
+        if part == "out":
+            return weights.get(f"{name}.attn.proj.{kind}")
+        first = "qkv".index(part) * width
+        return weights.get(f"{name}.attn.qkv.{kind}")[first : first + width]
 
     normed = graph.layer_norm(value, weights, f"{name}.ln1", width, _EPS)
-    qkv = graph.linear(
-        normed, f"{name}.attn.qkv", (width, 3 * width),
-        lambda: scaled(fused).T, lambda: scaled(fused_bias),
-    )  # fmt: skip
-    mixed = attend(graph, qkv, width, n_heads)
-    mixed = _linear(graph, weights, f"{name}.attn.proj", mixed, (width, width))
+    mixed = attention(graph, normed, f"{name}.attn", width, n_heads, read)
     value = graph.op("Add", value, mixed)
     normed = graph.layer_norm(value, weights, f"{name}.ln2", width, _EPS)
     inner = _linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))

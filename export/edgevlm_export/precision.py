@@ -19,9 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgevlm.errors import BundleError
 
-from .graph import Load, Model, Weight
+from .graph import CONTRIB, Load, Model, Weight
 
-_CONTRIB = "com.microsoft"
 _WEIGHT_MAX = 127
 _ACTIVATION_MAX = 127
 _ZERO_POINT = 128
@@ -110,11 +109,10 @@ _ONE = np.array([1], np.int64)
 
 @dataclass(frozen=True)
 class _Rows:
-    """A value as rows for the int8 kernels."""
+    """A value as the int8 kernels take it."""
 
-    quantized: str  # uint8 [rows, in]
-    scale: str  # float32 [rows, 1]
-    lead: str  # int64: the shape of the value without its last axis
+    quantized: str  # uint8 [..., in]
+    scale: str  # float32 [..., 1]
 
 
 class _Rewriting:
@@ -150,11 +148,11 @@ class _Rewriting:
 
     def quantized(self, value: str, name: str, output: str) -> None:
         """value @ weight in int8, under the name `output`."""
-        rows = self._rows.get(value) or self._quantize_rows(value)
-        self._rows[value] = rows
         weight = self._model.weights[name]
         integers, scales = f"{name}.int8", f"{name}.scale"
         n_in, n_out = weight.shape
+        rows = self._rows.get(value) or self._quantize_rows(value, n_in)
+        self._rows[value] = rows
         self.weights[integers] = Weight(
             (n_in, n_out), np.dtype(np.int8), lambda: _channels(weight.load)[0]
         )
@@ -165,29 +163,23 @@ class _Rewriting:
         zero_point = self.constant(np.array(_ZERO_POINT, np.uint8))
         product = self.op(
             "MatMulIntegerToFloat", rows.quantized, integers, one, scales, zero_point,
-            domain=_CONTRIB,
+            domain=CONTRIB,
         )  # fmt: skip
-        product = self.op("Mul", product, rows.scale)
-        shape = self.op("Concat", rows.lead, self.constant(np.array([n_out], np.int64)), axis=0)
-        self.op("Reshape", product, shape, output=output)
+        self.op("Mul", product, rows.scale, output=output)
 
-    def _quantize_rows(self, value: str) -> _Rows:
+    def _quantize_rows(self, value: str, width: int) -> _Rows:
         """One scale for each row, so that a token's outlier coarsens no other token."""
-        lead = self.op("Shape", value, start=0, end=-1)
-        width = self.op("Shape", value, start=-1)
-        minus_one = self.constant(np.array([-1], np.int64))
-        rows = self.op("Reshape", value, self.op("Concat", minus_one, width, axis=0))
-        high = self.op("ReduceMax", rows, axes=[1], keepdims=0)
-        low = self.op("Neg", self.op("ReduceMin", rows, axes=[1], keepdims=0))
+        high = self.op("ReduceMax", value, axes=[-1], keepdims=1)
+        low = self.op("Neg", self.op("ReduceMin", value, axes=[-1], keepdims=1))
         peak = self.op("Max", high, low, self.constant(np.array(_SMALLEST_PEAK, np.float32)))
         scale = self.op("Mul", peak, self.constant(np.array(1 / _ACTIVATION_MAX, np.float32)))
+        # QuantizeLinear takes a list of scales along one axis: all rows behind one another
+        scales = self.op("Reshape", scale, self.constant(np.array([-1], np.int64)))
         zero_point = self.constant(np.array([_ZERO_POINT], np.uint8))
-        zero_points = self.op("Expand", zero_point, self.op("Shape", scale))
-        return _Rows(
-            quantized=self.op("QuantizeLinear", rows, scale, zero_points, axis=0),
-            scale=self.op("Reshape", scale, self.constant(np.array([-1, 1], np.int64))),
-            lead=lead,
-        )
+        zero_points = self.op("Expand", zero_point, self.op("Shape", scales))
+        rows = self.op("Reshape", value, self.constant(np.array([-1, width], np.int64)))
+        quantized = self.op("QuantizeLinear", rows, scales, zero_points, axis=0)
+        return _Rows(self.op("Reshape", quantized, self.op("Shape", value)), scale)
 
 
 def _channels(load: Load) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
