@@ -107,8 +107,9 @@ def openvino(path: Path, shape: Shape, threads: int) -> Encode:
 def torch_bf16(shape: Shape, threads: int) -> Encode:
     """transformers' tower with scaled_dot_product_attention, and torch's projector."""
     import torch
-    import transformers as hf
+    import transformers
 
+    hf: Any = transformers  # half of it is typed
     torch.set_num_threads(threads)
     kinds = (
         (hf.CLIPVisionConfig, hf.CLIPVisionModel)
@@ -149,11 +150,12 @@ def contenders(name: str, shape: Shape, directory: Path, threads: int) -> dict[s
         file = directory / f"{stem}-{kind.lower()}.gguf"
         write = partial(mmproj, shape=shape, kind=kind)
         found[f"mtmd {kind.lower()}"] = mtmd(_kept(file, write), language, shape, threads)
-    for module, peer, make in (
+    peers: tuple[tuple[str, str, Callable[[], Encode]], ...] = (
         ("openvino", "OpenVINO bf16",
          lambda: openvino(files["fp32"], shape, threads)),
         ("torch", "torch bf16", lambda: torch_bf16(shape, threads)),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for module, peer, make in peers:
         if find_spec(module) is None:
             print(f"{peer} is left out: no {module} here")
         else:

@@ -7,9 +7,10 @@ memory holds one of them; names come from the families that the shapes belong to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import gguf
@@ -210,12 +211,13 @@ def _mmproj_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 def language_model(path: Path, n_embd: int) -> None:
     """One layer of a llama with byte tokens: libmtmd takes no mmproj without a language model."""
     writer = gguf.GGUFWriter(path, "llama")
-    for add, value in (
+    numbers: tuple[tuple[Callable[[Any], None], float], ...] = (
         (writer.add_context_length, 2048), (writer.add_embedding_length, n_embd),
         (writer.add_block_count, 1), (writer.add_feed_forward_length, 32),
         (writer.add_head_count, n_embd // 64), (writer.add_head_count_kv, 1),
         (writer.add_rope_dimension_count, 64), (writer.add_layer_norm_rms_eps, 1e-5),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for add, value in numbers:
         add(value)
     writer.add_tokenizer_model("llama")
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -105,6 +105,7 @@ class VLM:
                 cancel=self._cancel,
                 precise=settings.precise,
                 adapter=settings.adapter,
+                prefill=settings.prefill,
                 device=self.placement.devices.language,
             )
         try:

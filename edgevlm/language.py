@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm import device
+from edgevlm import prefill as prefills
 from edgevlm.answer import Device, EncodedImage, FinishReason
 from edgevlm.bundle import Bundle, adapter_file
 from edgevlm.cancel import Cancel
@@ -64,9 +65,14 @@ class Language:
         way: Way,
         precise: bool = False,
         adapter: str | None = None,
+        prefill: str = "auto",
         device: Device = "cpu",
     ) -> None:
-        """Raises BundleError when the language file does not belong to this bundle."""
+        """`precise`, `adapter` and `prefill` as in `Settings`.
+
+        Raises:
+            BundleError: the language file does not belong to this bundle.
+        """
         self._bundle = bundle
         self._way = way
         self._threads = threads
@@ -80,6 +86,10 @@ class Language:
         self._sequence = 0  # of the context: the only one, or this slot's
         self._row = -1  # of the context's logits: the last, or this slot's
         self.unread: int | None = None  # a token that was said and has to be read next
+        # Where memory is so short that the models take turns, there is none for a second copy;
+        # a GPU reads prompts faster than the graph, which runs on the CPU.
+        wanted = "gguf" if way.apart or device != "cpu" else prefill
+        self._prefill = prefills.find(bundle, wanted, threads, lambda: self._context.takes_cache())
         self._tokenizer = _tokenizer(bundle)
         self._image_token: str = bundle.manifest["prompt"]["image_token"]
         self._bos: bool = bundle.manifest["prompt"]["bos"]
@@ -220,7 +230,12 @@ class Language:
         units = list(prompt.units)
         keep = self._common_prefix(units, images)
         position = sum(_width(unit) for unit in units[:keep])
-        self._forget_from(position)
+        # The graph begins at the front; reading the words before another picture again costs less
+        # than what it saves.
+        if 2 * position < prompt.n_tokens and (read := self._prefill_units(units, images)):
+            keep = read
+        else:
+            self._forget_from(position)
         run: list[int] = []
         for unit in [*units[keep:], None]:
             if isinstance(unit, int):
@@ -229,11 +244,35 @@ class Language:
             if run:
                 self._decode(run, run)
                 run = []
-            if isinstance(unit, ImageSlot):
-                rows = images[unit.index].embeddings[unit.first : unit.first + unit.n_tokens]
-                self._decode(rows, _keys(unit, images), unit.bidirectional)
-            elif isinstance(unit, Place):
-                self._decode(self.region.rows(unit), _keys(unit, images))
+            if unit is not None:
+                self._decode(self._rows(unit, images), _keys(unit, images), _both_ways(unit))
+
+    def _prefill_units(self, units: Sequence[_Unit], images: Sequence[EncodedImage]) -> int:
+        """Read the first units through the prefill graph where that pays; how many it read.
+
+        Never the last one: llama.cpp reads it, and has its logits.
+        """
+        if self._prefill is None or self._adapters:  # the graph knows nothing of adapters
+            return 0
+        first = units[:-1][: 1 if self._prefill.bidirectional else None]
+        if any(_both_ways(unit) is not self._prefill.bidirectional for unit in first):
+            return 0
+        if not self._prefill.pays(sum(_width(unit) for unit in first)):
+            return 0
+        rows = np.concatenate([self._rows(unit, images) for unit in first])
+        self._forget_from(0)
+        self._cancel.call(self._prefill.run, rows, self._context, self._sequence, self._cancel)
+        for unit in first:
+            self._cached += _keys(unit, images)
+        return len(first)
+
+    def _rows(self, unit: _Unit, images: Sequence[EncodedImage]) -> NDArray[np.float32]:
+        """What the language model takes for a unit, float32 [n, n_embd]."""
+        if isinstance(unit, int):
+            return self._model.embed([unit])
+        if isinstance(unit, ImageSlot):
+            return images[unit.index].embeddings[unit.first : unit.first + unit.n_tokens]
+        return self.region.rows(unit)
 
     def extend(self, rows: list[int] | NDArray[np.float32]) -> None:
         """Read more token ids, or embeddings float32 [n, n_embd], after what was read."""
@@ -366,6 +405,8 @@ class Language:
 
     def close(self) -> None:
         """For good: unlike after `release`, nothing is opened again."""
+        if self._prefill is not None:
+            self._prefill.close()
         for part in reversed(self._opened or ()):
             part.close()
         self._model.close()
@@ -433,6 +474,10 @@ def _keys(unit: _Unit, images: Sequence[EncodedImage]) -> list[_Key]:
     if isinstance(unit, Place):
         return [(repr(unit), n) for n in range(unit.n_tokens)]
     return [(images[unit.index].key, unit.first + n) for n in range(unit.n_tokens)]
+
+
+def _both_ways(unit: _Unit) -> bool:
+    return isinstance(unit, ImageSlot) and unit.bidirectional
 
 
 def _width(unit: _Unit) -> int:

@@ -28,7 +28,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm import sequence_state
 from edgevlm.answer import Device
+from edgevlm.embedding_table import EmbeddingTable
 from edgevlm.errors import BackendError, Cancelled, OutputError, PromptError
 from edgevlm.kernels import Flag, abort_callback
 from edgevlm.memory import BATCH_TOKENS
@@ -163,6 +165,35 @@ class Model:
         self.bos: int = lib.llama_vocab_bos(self.vocab)
         self._adapters: dict[Path, Any] = {}
         self.n_parameters: int = lib.llama_model_n_params(self.handle)
+        self.n_layers: int = lib.llama_model_n_layer(self.handle)
+        self._path = path
+
+    def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """What token ids stand for at the model's input, float32 [n, n_embd]."""
+        return self._table.rows(ids)
+
+    @cached_property
+    def _table(self) -> EmbeddingTable:
+        return EmbeddingTable(lib._lib, self._path, self.n_embd)
+
+    @property
+    def cache_width(self) -> int:
+        """Values that a layer's keys have at one position."""
+        n_heads, n_kv_heads = (
+            count(self.handle) for count in (lib.llama_model_n_head, lib.llama_model_n_head_kv)
+        )
+        return int(n_kv_heads * (self._number("attention.key_length") or self.n_embd // n_heads))
+
+    def _number(self, key: str) -> int | None:
+        """A number that the file says under its architecture."""
+        found = self._meta(f"{self._meta('general.architecture')}.{key}")
+        return int(found) if found else None
+
+    def _meta(self, key: str) -> str:
+        """What the file says under `key`; "" where it says nothing."""
+        buffer = ctypes.create_string_buffer(_PIECE_BYTES)
+        lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, _PIECE_BYTES)
+        return buffer.value.decode()
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens recognised, nothing added around it."""
@@ -274,6 +305,8 @@ class Context:
         self._model = model
         self._flag = flag  # llama.cpp holds its address
         self._n_batch: int = params.n_batch
+        self._dtype = np.dtype(np.float32 if precise else np.float16)  # of keys and values
+        self._n_sequences = n_sequences
         self.n_ctx = n_ctx
 
     def set_adapters(self, files: Sequence[Path]) -> None:
@@ -354,6 +387,55 @@ class Context:
             raise Cancelled("cancelled")
         if code != 0:
             raise _failure(f"failed to decode {n} rows (code {code})")
+
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """Layers, and values that each layer's keys have at one position."""
+        return self._model.n_layers, self._model.cache_width
+
+    def takes_cache(self) -> bool:
+        """Whether `fill_cache` works with this library: it gives back what it was given."""
+        layers, width = self.cache_shape
+        shape = (2, layers, 1, width)
+        keys, values = np.random.default_rng(0).standard_normal(shape).astype(self._dtype)
+        given = self._state(keys, values.swapaxes(1, 2))
+        try:
+            return self._set_state(given) and self._get_state() == given.tobytes()
+        finally:
+            self.truncate(0)
+
+    def fill_cache(
+        self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]], sequence: int = 0
+    ) -> None:
+        """Keys [n, width] and values [width, n] of each layer become all that a sequence's cache
+        holds, at positions 0 to n. There are no logits until more is decoded.
+
+        Raises:
+            BackendError: llama.cpp does not take them.
+        """
+        _complaints.clear()
+        if not self._set_state(self._state(keys, values, sequence), sequence):
+            raise _failure("did not take keys and values that it did not compute")
+
+    def _state(
+        self,
+        keys: Sequence[NDArray[Any]],
+        values: Sequence[NDArray[Any]],
+        sequence: int = 0,
+    ) -> NDArray[np.uint8]:
+        self.truncate(0, sequence)
+        head = self._get_state(sequence)[: sequence_state.HEAD_BYTES]
+        return sequence_state.pack(head, keys, values, self._dtype, self._n_sequences)
+
+    def _get_state(self, sequence: int = 0) -> bytes:
+        n_bytes = lib.llama_state_seq_get_size(self.handle, sequence)
+        state = (ctypes.c_uint8 * n_bytes)()
+        return bytes(state[: lib.llama_state_seq_get_data(self.handle, state, n_bytes, sequence)])
+
+    def _set_state(self, state: NDArray[np.uint8], sequence: int = 0) -> bool:
+        data, n_bytes = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(state)
+        read = lib.llama_state_seq_set_data(self.handle, data, n_bytes, sequence)
+        return bool(read == n_bytes)
 
     def set_threads(self, threads: int) -> None:
         lib.llama_set_n_threads(self.handle, threads, threads)

@@ -51,7 +51,7 @@ _NEGATE = (
 
 
 class Session:
-    """One ONNX graph with one output."""
+    """One ONNX graph."""
 
     def __init__(
         self,
@@ -78,7 +78,16 @@ class Session:
         self.output_width = self._session.get_outputs()[0].shape[-1]
 
     def run(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> NDArray[np.float32]:
-        """Run the graph on arrays by the names of its inputs.
+        """Run a graph of one output on arrays by the names of its inputs.
+
+        Raises:
+            Cancelled, BackendError: as `run_all` does.
+        """
+        (output,) = self.run_all(inputs, cancel)
+        return np.asarray(output, dtype=np.float32)
+
+    def run_all(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> list[NDArray[Any]]:
+        """All outputs, in the graph's order and types.
 
         Raises:
             Cancelled: `cancel` was set while it ran.
@@ -93,7 +102,7 @@ class Session:
         cancel.stops_with(terminate)
         try:
             cancel.check()
-            (output,) = self._session.run(None, dict(inputs), run_options)
+            return list(self._session.run(None, dict(inputs), run_options))
         except Cancelled:
             raise
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
@@ -101,7 +110,6 @@ class Session:
             raise BackendError(f"ONNX Runtime failed: {error}") from error
         finally:
             cancel.stops_with(None)
-        return np.asarray(output, dtype=np.float32)
 
 
 def _options(threads: int, prepack: bool = True) -> ort.SessionOptions:

@@ -12,6 +12,9 @@ DETAILS = ("low", "auto", "high")
 DEVICES = ("auto", "cpu", "cuda")
 
 
+PREFILLS = ("auto", "gguf", "int8")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What holds for an engine as long as it is open; `Options` holds for one call.
@@ -30,6 +33,8 @@ class Settings:
         adapter: name of a LoRA adapter in the bundle; `VLM.use_adapter` switches it later.
         max_ram: bytes that the model may take; one that does not fit runs in a smaller, slower
             way or is refused before any work. None takes what the machine can lend.
+        prefill: what reads a long prompt: "int8" is the bundle's prefill graph, "gguf" llama.cpp,
+            "auto" the graph where the bundle has one.
     """
 
     device: str = "auto"
@@ -42,6 +47,7 @@ class Settings:
     cache_bytes: int = DEFAULT_CACHE_BYTES
     adapter: str | None = None
     max_ram: int | None = None
+    prefill: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises ValueError for values outside their range."""
@@ -57,3 +63,5 @@ class Settings:
             raise ValueError(f"detail is {self.detail!r}; it must be one of {', '.join(DETAILS)}")
         if self.max_ram is not None and self.max_ram < 1:
             raise ValueError(f"max_ram is {self.max_ram}; it must be 1 or more")
+        if self.prefill not in PREFILLS:
+            raise ValueError(f"prefill is {self.prefill!r}; known: {', '.join(PREFILLS)}")

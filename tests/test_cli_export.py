@@ -48,6 +48,7 @@ def test_the_choices_are_the_exporters() -> None:
     assert cli_export.LANGUAGES == edgevlm_export.LANGUAGES
     assert cli_export.VISIONS == edgevlm_export.VISIONS
     assert cli_export.EXPORTERS == edgevlm_export.EXPORTERS
+    assert cli_export.PREFILLS == edgevlm_export.PREFILLS
 
 
 @pytest.mark.parametrize(

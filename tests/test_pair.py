@@ -20,6 +20,7 @@ from test_export_llava import TOLERANCE, vision_pair
 from test_llava_parity import _ours as answer
 from transformers import LlavaForConditionalGeneration
 
+from edgevlm import prefill
 from edgevlm.cli import run
 from edgevlm.errors import BundleError
 
@@ -142,6 +143,28 @@ def test_a_pair_answers_as_its_checkpoint(
     for section in ("image", "prompt", "generation", "n_embd", "n_ctx"):
         assert sections[0][section] == sections[1][section], section
     assert sections[0]["quantization"] == {"vision": "fp32", "language": "f32"}
+
+
+@pytest.mark.parametrize("text", ["llama", "phi3", "qwen2"])
+def test_a_prefill_graph_is_made_of_the_language_file(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(prefill, "FEWEST_ROWS_TO_OPEN", 2)
+    _, own, language, mmproj = pair(tmp_path, text=text)
+    prompt = {"llama": "vicuna", "qwen2": "chatml"}.get(text)
+    bundle = export_pair(language, mmproj, tmp_path / "out", prompt=prompt, prefill="fp32")
+    ids, logits = answer(bundle, [picture])
+    own_ids, own_logits = answer(own, [picture])
+    np.testing.assert_allclose(logits, own_logits, rtol=0, atol=2e-3)
+    assert ids == own_ids
+
+
+def test_a_language_file_that_says_more_than_a_graph_knows_is_refused(tmp_path: Path) -> None:
+    _, _, language, mmproj = pair(tmp_path, text="llama")
+    told = tmp_path / "told.gguf"
+    told.write_bytes(language.read_bytes().replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_UP.weight"))
+    with pytest.raises(BundleError, match=r"blk\.0\.ffn_UP\.weight, which no prefill graph knows"):
+        export_pair(told, mmproj, tmp_path / "out", prompt="vicuna", prefill="int8")
 
 
 @pytest.mark.parametrize("modern", [False, True])

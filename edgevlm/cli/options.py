@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgevlm.settings import DEFAULT_CACHE_BYTES, DEFAULT_MAX_PIXELS, DETAILS, DEVICES, Settings
+from edgevlm.settings import (
+    DEFAULT_CACHE_BYTES,
+    DEFAULT_MAX_PIXELS,
+    DETAILS,
+    DEVICES,
+    PREFILLS,
+    Settings,
+)
 
 if TYPE_CHECKING:
     from edgevlm.engine import VLM
@@ -102,6 +109,13 @@ model = every(
         help="How closely to look, if the model can choose: low is fast, high is slow.",
     ),
     max_ram,
+    option(
+        "--prefill",
+        type=click.Choice(PREFILLS),
+        default="auto",
+        show_default=True,
+        help="What reads picture and prompt: the model's int8 graph, or llama.cpp (gguf).",
+    ),
     option("-q", "--quiet", is_flag=True, help="No hints on stderr."),
     option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
 )

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .families import Arrays, Parts
+    from .gguf import Language
     from .graph import Graph
 
-__all__ = ["EXPORTERS", "LANGUAGES", "VISIONS", "export", "export_pair"]
+__all__ = ["EXPORTERS", "LANGUAGES", "PREFILLS", "VISIONS", "export", "export_pair"]
 
 LANGUAGES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 VISIONS = ("fp32", "fp16", "int8")
 EXPORTERS = ("optimum",)
+PREFILLS = ("none", "int8", "fp32")
 Progress: TypeAlias = Callable[[str, int, int], None]  # what, steps done, steps in all
 
 
@@ -33,6 +35,7 @@ def export(
     family: str | None = None,
     language: str = "f16",
     vision: str = "fp32",
+    prefill: str = "none",
     prompt: str | None = None,
     fit: str | None = None,
     tokenizer: Path | None = None,
@@ -53,6 +56,7 @@ def export(
             template, `fit` is "crop", "pad" or "stretch".
         language: one of LANGUAGES; the quantized ones are made by llama.cpp.
         vision: one of VISIONS; int8 keeps in float what it would harm (see gate.py).
+        prefill: one of PREFILLS; a second, faster copy of the language model for reading pictures.
         tokenizer: a tokenizer.json to take instead of the checkpoint's own.
         release: of a family whose releases differ and whose checkpoint does not say which it is.
         exporter: "optimum" for a tower that graph.py does not write (see optimum.py).
@@ -78,7 +82,7 @@ def export(
     from .checkpoint import Checkpoint
     from .lora import Lora
 
-    _check(language=language, vision=vision, imatrix=imatrix, exporter=exporter)
+    _check(language=language, vision=vision, prefill=prefill, imatrix=imatrix, exporter=exporter)
     report: Progress = progress or (lambda what, done, total: None)
     budget = thread_budget(threads)
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source, tokenizer)
@@ -100,6 +104,8 @@ def export(
         for file, one in switched.items():
             one.write(directory / file, parts.language)
         _write_language(parts, directory, language, imatrix, budget, report)
+        if prefill != "none":
+            _write_prefill(parts.language, parts.manifest["image"], directory, prefill, report)
         shutil.copyfile(checkpoint.tokenizer, directory / "tokenizer.json")
         manifest = {
             "name": out.resolve().name,
@@ -112,7 +118,7 @@ def export(
             **parts.manifest,
             "n_embd": parts.language.n_embd,
             "n_ctx": bundle.context(parts.language.n_ctx),
-            "quantization": {"vision": vision, "language": language},
+            "quantization": _kinds(vision, language, prefill),
             "options": {k: v for k, v in vars(options).items() if v is not None},
         }
         _write_vision(parts.vision, directory, manifest, photos, budget, report)
@@ -126,6 +132,7 @@ def export_pair(
     out: Path,
     *,
     vision: str = "fp32",
+    prefill: str = "none",
     prompt: str | None = None,
     fit: str | None = None,
     release: str | None = None,
@@ -146,7 +153,7 @@ def export_pair(
 
     from . import bundle, pair
 
-    _check(language="f16", vision=vision, imatrix=None)
+    _check(language="f16", vision=vision, prefill=prefill, imatrix=None)
     report: Progress = progress or (lambda what, done, total: None)
     planned = pair.plan(model, mmproj, prompt, fit, release)
     with bundle.writing(out) as directory:
@@ -155,11 +162,14 @@ def export_pair(
         report("language", 1, 1)
         for name, content in planned.texts.items():
             (directory / name).write_text(content, encoding="utf-8")
+        if prefill != "none":
+            image = planned.manifest["image"]
+            _write_prefill(planned.files.language(), image, directory, prefill, report)
         manifest = {
             "name": out.resolve().name,
             "source": {"id": planned.files.name, "revision": ""},
             **planned.manifest,
-            "quantization": {"vision": vision, "language": planned.files.quantization},
+            "quantization": _kinds(vision, planned.files.quantization, prefill),
         }
         _write_vision(planned.vision, directory, manifest, photos, thread_budget(threads), report)
         bundle.seal(directory, manifest)
@@ -167,7 +177,12 @@ def export_pair(
 
 
 def _check(
-    *, language: str, vision: str, imatrix: Path | None, exporter: str | None = None
+    *,
+    language: str,
+    vision: str,
+    prefill: str,
+    imatrix: Path | None,
+    exporter: str | None = None,
 ) -> None:
     if language not in LANGUAGES:
         raise ValueError(f"language={language!r}; known: {', '.join(LANGUAGES)}")
@@ -175,6 +190,8 @@ def _check(
         raise ValueError(f"vision={vision!r}; known: {', '.join(VISIONS)}")
     if exporter not in (None, *EXPORTERS):
         raise ValueError(f"exporter={exporter!r}; known: {', '.join(EXPORTERS)}")
+    if prefill not in PREFILLS:
+        raise ValueError(f"prefill={prefill!r}; known: {', '.join(PREFILLS)}")
     if imatrix is not None and language in ("f32", "f16"):
         raise ValueError(f"an imatrix is for quantized languages; language={language!r}")
 
@@ -210,6 +227,24 @@ def _write_arrays(files: Mapping[str, Arrays], directory: Path, dtype: str) -> N
     for name, arrays in files.items():
         values: dict[str, Any] = {key: load().astype(dtype) for key, load in arrays.items()}
         np.savez(directory / name, **values)
+
+
+def _write_prefill(
+    language: Language, image: Mapping[str, Any], directory: Path, kind: str, report: Progress
+) -> None:
+    from . import prefill
+
+    prefill.write(
+        language, directory, kind,
+        bidirectional=bool(image.get("bidirectional_tokens")),
+        progress=partial(report, f"prefill {kind}"),
+    )  # fmt: skip
+
+
+def _kinds(vision: str, language: str, prefill: str) -> dict[str, str]:
+    """The section `quantization` of bundle.json."""
+    kinds = {"vision": vision, "language": language}
+    return kinds if prefill == "none" else {**kinds, "prefill": prefill}
 
 
 def _write_vision(

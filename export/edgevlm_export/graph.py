@@ -74,7 +74,7 @@ class Model:
                 f"{_PROTOBUF_LIMIT_BYTES}: export it as fp16 or int8"
             )
         graph = helper.make_graph(
-            list(self.nodes), "vision", self.inputs, self.outputs, list(self.constants)
+            list(self.nodes), "graph", self.inputs, self.outputs, list(self.constants)
         )
         domains = sorted({node.domain for node in self.nodes} | {""})
         model = helper.make_model(
@@ -119,28 +119,40 @@ def _tensor(name: str, weight: Weight, data: Path | None) -> onnx.TensorProto:
     return tensor
 
 
-class Graph:
-    """A vision graph under construction; methods return the name of the value they add."""
+class Builder:
+    """A graph under construction; methods return the name of the value they add."""
 
-    def __init__(self, n_patches: int, patch_values: int) -> None:
+    def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._small: list[onnx.TensorProto] = []
         self._weights: dict[str, tuple[tuple[int, ...], Load]] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
-        self.input("patches", np.uint8, ["tiles", n_patches, patch_values])
         self._outputs: list[onnx.ValueInfoProto] = []
         self.has_inserted = False
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
-        """One more input, which the family's `graph_inputs` feeds; a name is a dynamic axis."""
+        """One more input; a name in `shape` is a dynamic axis."""
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
         return name
 
+    def result(
+        self, value: str, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]
+    ) -> None:
+        """One more output: `value`, under the name that the runtime knows."""
+        self._nodes.append(helper.make_node("Identity", [value], [name], name))
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self._outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        return self.ops(kind, 1, *inputs, **attributes)[0]
+
+    def ops(self, kind: str, n_outputs: int, *inputs: str, **attributes: Any) -> list[str]:
+        """A node with several outputs."""
         name = f"{kind}_{len(self._nodes)}"
-        self._nodes.append(helper.make_node(kind, list(inputs), [name], name, **attributes))
-        return name
+        names = [name, *(f"{name}_{n}" for n in range(1, n_outputs))]
+        self._nodes.append(helper.make_node(kind, list(inputs), names, name, **attributes))
+        return names
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
         name = f"constant_{len(self._small)}"
@@ -205,12 +217,7 @@ class Graph:
         return _ACTIVATIONS[kind](self, value)
 
     def output(self, value: str, n_tokens: int, n_embd: int) -> None:
-        self._nodes.append(helper.make_node("Identity", [value], ["embeddings"], "embeddings"))
-        self._outputs = [
-            helper.make_tensor_value_info(
-                "embeddings", TensorProto.FLOAT, ["tiles", n_tokens, n_embd]
-            )
-        ]
+        self.result(value, "embeddings", np.float32, ["tiles", n_tokens, n_embd])
 
     def model(self) -> Model:
         """The graph as built, in fp32."""
@@ -226,6 +233,14 @@ class Graph:
         )
 
 
+class Graph(Builder):
+    """A vision graph: it takes patches, and what `input` adds for the family's `graph_inputs`."""
+
+    def __init__(self, n_patches: int, patch_values: int) -> None:
+        super().__init__()
+        self.input("patches", np.uint8, ["tiles", n_patches, patch_values])
+
+
 def _varint(value: int) -> bytes:
     parts = bytearray()
     while value > 0x7F:
@@ -235,29 +250,29 @@ def _varint(value: int) -> bytes:
     return bytes(parts)
 
 
-def _quick_gelu(graph: Graph, x: str) -> str:
+def _quick_gelu(graph: Builder, x: str) -> str:
     """x · sigmoid(1.702 x), CLIP's own."""
     scaled = graph.op("Mul", x, graph.constant(1.702, np.float32))
     return graph.op("Mul", x, graph.op("Sigmoid", scaled))
 
 
-def _erf_gelu(graph: Graph, x: str) -> str:
+def _erf_gelu(graph: Builder, x: str) -> str:
     erf = graph.op("Erf", graph.op("Mul", x, graph.constant(math.sqrt(0.5), np.float32)))
     half = graph.op("Mul", x, graph.constant(0.5, np.float32))
     return graph.op("Mul", half, graph.op("Add", erf, graph.constant(1.0, np.float32)))
 
 
-def _tanh_gelu(graph: Graph, x: str) -> str:
+def _tanh_gelu(graph: Builder, x: str) -> str:
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), arXiv 1606.08415; one operator, because ONNX
     Runtime does not see it in the eight standard ones."""
     return graph.op("FastGelu", x, domain=CONTRIB)
 
 
-def _silu(graph: Graph, x: str) -> str:
+def _silu(graph: Builder, x: str) -> str:
     return graph.op("Mul", x, graph.op("Sigmoid", x))
 
 
-_ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {  # names as in Hugging Face configs
+_ACTIVATIONS: dict[str, Callable[[Builder, str], str]] = {  # names as in Hugging Face configs
     "gelu": _erf_gelu,
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,

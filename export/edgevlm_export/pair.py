@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, LlamaFileType, ReaderTensor, TokenType, dequantize
+from gguf import LlamaFileType, ReaderTensor, dequantize
 
 from edgevlm.errors import BundleError
 
-from . import bundle, processor, prompts
+from . import bundle, language_file, processor, prompts
 from .checkpoint import Checkpoint
 from .families import Arrays, llava, llava_next
+from .gguf import Language
 from .graph import Graph
+from .language_file import File
 from .tower import Normalisation
 from .vocabulary import Vocabulary
 
@@ -43,27 +45,6 @@ _NAMES = {  # the converter shortens transformers' names; ffn_up and ffn_down se
 }
 _IMAGE = "<image>"
 _CLIP_L_WIDTH, _CLIP_L_LAYERS = 1024, 24
-
-
-class File:
-    """A GGUF file: its keys and its tensors by name."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            reader = GGUFReader(path)
-            self._fields = reader.fields
-            self.tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise BundleError(f"{path} is not a whole GGUF file: {error}") from error
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._fields[key].contents() if key in self._fields else default
-
-    def need(self, key: str) -> Any:
-        if key not in self._fields:
-            raise BundleError(f"{self.path} has no {key}: it is a file of another kind")
-        return self._fields[key].contents()
 
 
 class Pair(Checkpoint):
@@ -126,21 +107,11 @@ class Pair(Checkpoint):
 
     def vocabulary(self) -> Vocabulary:
         """What prompts are chosen by; llama.cpp itself tokenizes with the file."""
-        texts = [str(text) for text in self._model.need("tokenizer.ggml.tokens")]
-        types = self._model.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(texts))
-        bos = self._model.get("tokenizer.ggml.bos_token_id")
-        model = str(self._model.need("tokenizer.ggml.model"))
-        adds_bos = self._model.get("tokenizer.ggml.add_bos_token", model == "llama")
-        return Vocabulary(
-            model=model,
-            texts=tuple(texts),
-            types=tuple(types),
-            scores=(),
-            merges=(),
-            bos_id=bos,
-            adds_bos=bool(adds_bos) and bos is not None,
-            ids={text: index for index, text in enumerate(texts)},
-        )
+        return language_file.vocabulary(self._model)
+
+    def language(self) -> Language:
+        """What a prefill graph is made of."""
+        return language_file.read(self._model)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """What a checkpoint keeps in JSON files, as far as the GGUF says it."""

@@ -19,6 +19,7 @@ from edgevlm.errors import BundleError
 
 from . import bundle, crops, pair, releases
 from .families import moondream
+from .language_file import File
 
 _BLOCK = r"vision.blocks.\1"
 _NAMES = {
@@ -41,7 +42,7 @@ class MoondreamPair(pair.Pair):
 
     projection = "vision.proj_mlp.fc2.weight"
 
-    def _read(self, mmproj: pair.File) -> tuple[dict[str, ReaderTensor], dict[str, Any]]:
+    def _read(self, mmproj: File) -> tuple[dict[str, ReaderTensor], dict[str, Any]]:
         if (kind := self._model.need("general.architecture")) != "phi2":
             raise BundleError(
                 f"{mmproj.path} norms the tower's last layer, as Moondream's does; "

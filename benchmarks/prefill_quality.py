@@ -1,0 +1,195 @@
+"""What does the int8 prefill graph change in what a real language model says next?
+
+A GGUF's weights are taken as the truth. On prose, the next-token distributions of the float graph
+are held against those of the int8 graph and of llama.cpp's quantizations of the same weights: mean
+KL divergence, how often the likeliest token is the same, perplexity. The prose is Python's own
+documentation.
+
+    python benchmarks/prefill_quality.py MODEL.gguf [--chunks N] [--float NAME ...] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+from edgevlm_export import language_file, precision, prefill, quantize
+from edgevlm_export.gguf import Language
+from edgevlm_export.graph import Model as Graph
+from numpy.typing import NDArray
+
+from edgevlm import device, llama
+from edgevlm.cancel import Cancel
+from edgevlm.kernels import Flag
+from edgevlm.sessions import Session
+
+CHUNK_TOKENS = 512
+QUANTIZATIONS = ("q8_0", "q6_k", "q4_k_m", "q4_0")
+
+Logits = NDArray[np.float32]  # [n, n_vocab]
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    kl_mean: float
+    kl_p99: float
+    top1_equal: float
+    perplexity: float
+
+
+class Score:
+    """Sums over chunks."""
+
+    def __init__(self) -> None:
+        self.kl: list[NDArray[np.float64]] = []
+        self.same: list[NDArray[np.bool_]] = []
+        self.nll: list[NDArray[np.float64]] = []
+
+    def add(self, expected: Logits, found: Logits, ids: list[int]) -> None:
+        p, q = log_softmax(expected), log_softmax(found)
+        self.kl.append((np.exp(p) * (p - q)).sum(-1))
+        self.same.append(p.argmax(-1) == q.argmax(-1))
+        self.nll.append(-q[np.arange(len(ids) - 1), ids[1:]])
+
+    def row(self, what: str) -> Row:
+        kl = np.concatenate(self.kl)
+        same, nll = np.concatenate(self.same), np.concatenate(self.nll)
+        return Row(
+            what, float(kl.mean()), float(np.quantile(kl, 0.99)), float(same.mean()),
+            float(np.exp(nll.mean())),
+        )  # fmt: skip
+
+
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def prose() -> str:
+    """Paragraphs of running text; tables, code and indices left out."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    paragraphs = [re.sub(r"\s+", " ", part) for part in re.split(r"\n\s*\n", text)]
+    return "\n".join(p for p in paragraphs if len(p) > 200 and not re.search(r"[|>]{2}|::=|==", p))
+
+
+class GraphLogits:
+    """A prefill graph with the float head behind it."""
+
+    def __init__(self, graph: Graph, language: Language, directory: Path, threads: int) -> None:
+        path, data = directory / "graph.onnx", directory / "graph.data"
+        data.unlink(missing_ok=True)
+        graph.save(path, data=data)
+        self._session = Session(path, threads)
+        tensors = {tensor.name: tensor for tensor in language.tensors}
+        self._table = tensors["token_embd.weight"].load()
+        self._head = tensors["output.weight"].load() if "output.weight" in tensors else self._table
+
+    def __call__(self, ids: list[int]) -> Logits:
+        *_, hidden = self._session.run_all({"rows": self._table[ids]}, Cancel())
+        return np.asarray(hidden @ self._head.T, np.float32)
+
+
+class LlamaLogits:
+    """llama.cpp on a file, logits of every row."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._model = llama.Model(path, extra_buffers=False)
+        self._flag = Flag()
+        self._context = llama.Context(
+            self._model, CHUNK_TOKENS, threads=threads, flag=self._flag, precise=True
+        )
+
+    def __call__(self, ids: list[int]) -> Logits:
+        n = len(ids)
+        self._context.truncate(0)
+        batch = lib.llama_batch_init(n, 0, 1)
+        batch.n_tokens = n
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, True
+        assert lib.llama_decode(self._context.handle, batch) == 0
+        lib.llama_batch_free(batch)
+        pointer = lib.llama_get_logits(self._context.handle)
+        return np.array(np.ctypeslib.as_array(pointer, (n, self._model.n_vocab)))
+
+    def close(self) -> None:
+        self._context.close()
+        self._model.close()
+
+
+def measure(model: Path, n_chunks: int, floats: list[str], threads: int) -> Iterator[Row]:
+    language = language_file.read(language_file.File(model))
+    whole = prefill.graph(language, hidden=True)
+    layers = precision.linear_layers(whole)
+    tokenizer = llama.Model(model, extra_buffers=False)
+    ids = tokenizer.tokenize(prose()[: 8 * n_chunks * CHUNK_TOKENS])
+    tokenizer.close()
+    chunks = [ids[i * CHUNK_TOKENS : (i + 1) * CHUNK_TOKENS] for i in range(n_chunks)]
+    assert len(chunks[-1]) == CHUNK_TOKENS
+    with TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        reference = GraphLogits(whole, language, directory, threads)
+        expected = [reference(chunk) for chunk in chunks]
+        del reference
+
+        def score(what: str, logits: Any) -> Row:
+            total = Score()
+            for wanted, chunk in zip(expected, chunks, strict=True):
+                total.add(wanted, logits(chunk), chunk)
+            return total.row(what)
+
+        itself = iter(expected)
+        yield score("float graph", lambda _: next(itself))
+        for kept in ("", *floats):
+            keep = [name for name in layers if kept and kept in name]
+            graph = precision.int8(whole, keep)
+            what = f"int8 graph, {kept} in float" if kept else "int8 graph"
+            yield score(what, GraphLogits(graph, language, directory, threads))
+        file = directory / "f32.gguf"
+        language.save(file, "f32")
+        for kind in ("f32", *QUANTIZATIONS):
+            quantized = directory / f"{kind}.gguf"
+            if kind != "f32":
+                quantize.quantize(file, quantized, kind, threads=threads)
+            peer = LlamaLogits(quantized, threads)
+            yield score(f"llama.cpp {kind}", peer)
+            peer.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="a language model as GGUF, for example nano's")
+    parser.add_argument("--chunks", type=int, default=6, help=f"of {CHUNK_TOKENS} tokens")
+    parser.add_argument("--float", nargs="*", default=[], help="parts of names kept in float")
+    parser.add_argument("--threads", type=int, default=device.thread_budget())
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    rows = []
+    if not given.json:
+        print(f"{given.model}, {given.chunks} × {CHUNK_TOKENS} tokens")
+        print(f"{'':36} {'mean KL':>8} {'p99 KL':>8} {'top-1':>6} {'perplexity':>10}")
+    for row in measure(given.model, given.chunks, given.float, given.threads):
+        rows.append(asdict(row))
+        if not given.json:
+            print(
+                f"{row.what:36} {row.kl_mean:8.4f} {row.kl_p99:8.3f} {row.top1_equal:6.3f} "
+                f"{row.perplexity:10.3f}",
+                flush=True,
+            )
+    if given.json:
+        json.dump({"model": str(given.model), "chunks": given.chunks, "rows": rows}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""A planned language model → an ONNX graph that only prefills: embeddings in, keys and values out.
+
+It is built from the tensors of the GGUF file, under llama.cpp's names, so keys and values leave as
+llama.cpp's cache keeps them (arithmetic: its src/models/{llama,phi2,phi3,qwen2}.cpp). What only
+logits need is left out: the head, and of the last layer all but its keys and values. Attention,
+rotation and gates are ONNX Runtime's contrib operators, which measured faster than plain ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from edgevlm.errors import BundleError
+
+from . import precision
+from .gguf import Array, Language
+from .graph import Builder, Model, Progress
+
+GRAPH, WEIGHTS = "prefill.onnx", "prefill.data"
+_CONTRIB = "com.microsoft"
+_ARCHITECTURES = ("llama", "phi2", "phi3", "qwen2")
+
+
+def write(
+    language: Language,
+    directory: Path,
+    kind: str,
+    *,
+    bidirectional: bool,
+    progress: Progress | None = None,
+) -> None:
+    """prefill.onnx, and its weights as prefill.data; `kind` is "int8" or "fp32".
+
+    The weights lie apart because ONNX Runtime maps them then, and because they may pass the 2 GiB
+    that an ONNX file holds.
+
+    Raises:
+        BundleError: no graph can be made for this architecture.
+    """
+    model = graph(language, half=kind == "int8", bidirectional=bidirectional)
+    if kind == "int8":
+        model = precision.int8(model)
+    model.save(directory / GRAPH, data=directory / WEIGHTS, progress=progress)
+
+
+def graph(
+    language: Language, *, half: bool = False, bidirectional: bool = False, hidden: bool = False
+) -> Model:
+    """The graph in fp32.
+
+    Input `rows`: float32 [n, n_embd], at positions 0 to n. Outputs for every layer N, in float16
+    where `half`: `keys.N` [n, width], rotated, and `values.N` [width, n], where width is heads of
+    keys × head. A row attends to itself and those before it; where `bidirectional`, to all.
+    `hidden` adds what the head would read, float32 [n, n_embd], to measure what int8 changes.
+    """
+    if language.arch not in _ARCHITECTURES:
+        raise BundleError(
+            f"no prefill graph is known for {language.arch} (known: {', '.join(_ARCHITECTURES)}): "
+            "export without it"
+        )
+    return _Decoder(language, half, bidirectional).build(hidden)
+
+
+class _Decoder(Builder):
+    def __init__(self, language: Language, half: bool, bidirectional: bool) -> None:
+        super().__init__()
+        config = language.config
+        self._tensors = {tensor.name: tensor for tensor in language.tensors}
+        self._config, self._half, self._bidirectional = config, half, bidirectional
+        self._n_layers: int = config["num_hidden_layers"]
+        self._n_heads: int = config["num_attention_heads"]
+        self._n_kv_heads: int = config["num_key_value_heads"]
+        self._head: int = config["head_dim"]
+        self._width = self._n_kv_heads * self._head
+        self._interleaved = int(language.arch == "llama")
+        self._front = self.constant([0], np.int64)
+
+    def build(self, hidden: bool) -> Model:
+        value = self.input("rows", np.float32, ["n", self._config["hidden_size"]])
+        self._place(value)
+        for layer in range(self._n_layers):
+            value = self._block(layer, value, only_keys=layer + 1 == self._n_layers and not hidden)
+        if hidden:
+            value = self._norm("output_norm", value)
+            self.result(value, "hidden", np.float32, ["n", self._config["hidden_size"]])
+        return self.model()
+
+    def _place(self, rows: str) -> None:
+        """Positions, and the angles that llama.cpp's rope turns pairs by."""
+        self._n = self.op("Squeeze", self.op("Shape", rows, start=0, end=1))
+        zero, one = (self.constant(value, np.int64) for value in (0, 1))
+        positions = self.op("Range", zero, self._n, one)
+        self._positions = self.op("Unsqueeze", positions, self._front)  # [1, n]
+        rope = self._config["rope"]
+        n_pairs = rope["dimensions"] // 2
+        frequencies = rope["rope_theta"] ** -(np.arange(n_pairs) / n_pairs)
+        if rope["rope_type"] == "linear":
+            frequencies /= rope["factor"]
+        if (divisors := self._tensors.get("rope_freqs.weight")) is not None:
+            frequencies /= divisors.load()
+        column = self.op("Unsqueeze", positions, self.constant([1], np.int64))
+        column = self.op("Cast", column, to=TensorProto.FLOAT)
+        angles = self.op("Mul", column, self.constant(frequencies, np.float32))  # [n, n_pairs]
+        self._cosines, self._sines = self.op("Cos", angles), self.op("Sin", angles)
+
+    def _block(self, layer: int, value: str, only_keys: bool) -> str:
+        name = f"blk.{layer}"
+        normed = self._norm(f"{name}.attn_norm", value)
+        query, key, values = self._query_key_value(name, normed)
+        key = self._rotated(key, self._n_kv_heads)
+        self._hand_over(layer, key, values)
+        if only_keys:
+            return value
+        mixed = self._attention(self._rotated(query, self._n_heads), key, values)
+        mixed = self._linear(f"{name}.attn_output", mixed)
+        if f"{name}.ffn_norm.weight" not in self._tensors:  # attention and MLP side by side
+            return self.op("Add", self.op("Add", value, mixed), self._mlp(name, normed))
+        value = self.op("Add", value, mixed)
+        return self.op("Add", value, self._mlp(name, self._norm(f"{name}.ffn_norm", value)))
+
+    def _norm(self, name: str, value: str) -> str:
+        scale = self._stored(f"{name}.weight")
+        if f"{name}.bias" in self._tensors:
+            bias, eps = self._stored(f"{name}.bias"), self._config["layer_norm_eps"]
+            return self.op("LayerNormalization", value, scale, bias, axis=-1, epsilon=eps)
+        eps = self._config["rms_norm_eps"]
+        return self.op("SimplifiedLayerNormalization", value, scale, axis=-1, epsilon=eps)
+
+    def _query_key_value(self, name: str, value: str) -> tuple[str, str, str]:
+        """[1, n, heads × head] each; one product where the file keeps one matrix."""
+        if f"{name}.attn_qkv.weight" in self._tensors:
+            fused = self._linear(f"{name}.attn_qkv", value)
+            sizes = self.constant([self._n_heads * self._head, *[self._width] * 2], np.int64)
+            parts = self.ops("Split", 3, fused, sizes, axis=-1)
+        else:
+            parts = [self._linear(f"{name}.attn_{part}", value) for part in "qkv"]
+        query, key, values = (self.op("Unsqueeze", part, self._front) for part in parts)
+        return query, key, values
+
+    def _rotated(self, value: str, n_heads: int) -> str:
+        """Pairs are neighbours for llama, halves of the rotated part for the others."""
+        return self.op(
+            "RotaryEmbedding", value, self._positions, self._cosines, self._sines,
+            domain=_CONTRIB, interleaved=self._interleaved,
+            num_heads=n_heads, rotary_embedding_dim=self._config["rope"]["dimensions"],
+        )  # fmt: skip
+
+    def _hand_over(self, layer: int, key: str, values: str) -> None:
+        """In the cache's order: keys by position, values by channel (no flash attention)."""
+        keys = self.op("Squeeze", key, self._front)
+        channels = self.op("Transpose", self.op("Squeeze", values, self._front), perm=[1, 0])
+        dtype = np.float16 if self._half else np.float32
+        for name, part, shape in (
+            (f"keys.{layer}", keys, ["n", self._width]),
+            (f"values.{layer}", channels, [self._width, "n"]),
+        ):
+            if self._half:
+                part = self.op("Cast", part, to=TensorProto.FLOAT16)
+            self.result(part, name, dtype, shape)
+
+    def _attention(self, query: str, key: str, values: str) -> str:
+        """[1, n, heads × head] → [n, heads × head]"""
+        if self._bidirectional:
+            key, values = self._repeated(key), self._repeated(values)
+            mixed = self.op(
+                "MultiHeadAttention", query, key, values, domain=_CONTRIB, num_heads=self._n_heads
+            )
+        else:
+            total = self.op("Cast", self._n, to=TensorProto.INT32)
+            last = self.op("Sub", total, self.constant([1], np.int32))
+            mixed = self.op(
+                "GroupQueryAttention", query, key, values, "", "", last, total,
+                domain=_CONTRIB, num_heads=self._n_heads, kv_num_heads=self._n_kv_heads,
+            )  # fmt: skip
+        return self.op("Squeeze", mixed, self._front)
+
+    def _repeated(self, value: str) -> str:
+        """Every head of keys as often as heads of queries share it."""
+        times = self._n_heads // self._n_kv_heads
+        if times == 1:
+            return value
+        shape = [1, -1, self._n_kv_heads, 1, self._head]
+        heads = self.op("Reshape", value, self.constant(shape, np.int64))
+        heads = self.op("Tile", heads, self.constant([1, 1, 1, times, 1], np.int64))
+        return self.op("Reshape", heads, self.constant([1, -1, times * self._width], np.int64))
+
+    def _mlp(self, name: str, value: str) -> str:
+        if f"{name}.ffn_gate.weight" in self._tensors:
+            gate, up = (self._linear(f"{name}.ffn_{part}", value) for part in ("gate", "up"))
+        elif (
+            self._tensors[f"{name}.ffn_down.weight"].shape[1] * 2
+            == (self._tensors[f"{name}.ffn_up.weight"].shape[0])
+        ):  # phi3: both in one matrix, the gate first
+            gate, up = self.ops("Split", 2, self._linear(f"{name}.ffn_up", value), axis=-1)
+        else:
+            up = self._product(f"{name}.ffn_up", value)
+            bias = self._stored(f"{name}.ffn_up.bias")
+            return self._linear(f"{name}.ffn_down", self.op("FastGelu", up, bias, domain=_CONTRIB))
+        gate = self.op("QuickGelu", gate, domain=_CONTRIB, alpha=1.0)  # x · sigmoid(x): silu
+        return self._linear(f"{name}.ffn_down", self.op("Mul", gate, up))
+
+    def _linear(self, name: str, value: str) -> str:
+        product = self._product(name, value)
+        if f"{name}.bias" not in self._tensors:
+            return product
+        return self.op("Add", product, self._stored(f"{name}.bias"))
+
+    def _product(self, name: str, value: str) -> str:
+        tensor = self._tensors[f"{name}.weight"]
+
+        def transposed() -> Array:
+            return np.asarray(tensor.load().T)
+
+        n_out, n_in = tensor.shape
+        return self.op("MatMul", value, self.weight(f"{name}.weight", (n_in, n_out), transposed))
+
+    def _stored(self, name: str) -> str:
+        tensor = self._tensors[name]
+        return self.weight(name, tensor.shape, tensor.load)
