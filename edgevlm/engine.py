@@ -58,7 +58,7 @@ def load(model: str | Path | None = None, **settings: Any) -> VLM:
         BundleError: no such model, or it is damaged.
         HubError: its files have to be fetched first and could not be.
         BackendError: ONNX Runtime or llama.cpp cannot run it.
-        PromptError: it does not know this `detail`.
+        PromptError: it does not know this `detail`, or cannot do with so few `visual_tokens`.
         DeviceError: "cuda" was asked for and is not there, or the model does not fit into memory
             in any way; nothing was opened.
         ValueError: a setting outside its range.
@@ -84,7 +84,7 @@ class VLM:
         self._settings = settings
         self.placement = placement.choose(settings.device, bundle)
         self._threads = device.thread_budget(settings.threads)
-        self._family = families.find(bundle, settings.detail)
+        self._family = families.find(bundle, settings.detail, settings.visual_tokens)
         self.plan = plan.make(bundle, settings)
         self._cancel = Cancel()
         with ThreadPoolExecutor(1) as other:  # each library loads on one core, without the GIL

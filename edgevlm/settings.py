@@ -27,6 +27,8 @@ class Settings:
         exact_decode: decode every JPEG at full size, even if the model sees it much smaller.
         detail: one of DETAILS: how closely a picture is looked at, by models that can cut it into
             few or many tiles. "auto" does as the model's reference.
+        visual_tokens: so many of a picture's tokens reach the language model, chosen and merged by
+            VisionZip (arXiv 2412.04467); None for all. A sooner first word, a coarser answer.
         precise: float32 keys and values, to compare with a reference.
         cache: keep image embeddings, in memory and on disk; the same photo is not encoded again.
         cache_bytes: what they may take on disk, those of all processes together.
@@ -42,6 +44,7 @@ class Settings:
     max_pixels: int = DEFAULT_MAX_PIXELS
     exact_decode: bool = False
     detail: str = "auto"
+    visual_tokens: int | None = None
     precise: bool = False
     cache: bool = True
     cache_bytes: int = DEFAULT_CACHE_BYTES

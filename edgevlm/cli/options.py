@@ -116,6 +116,11 @@ model = every(
         show_default=True,
         help="What reads picture and prompt: the model's int8 graph, or llama.cpp (gguf).",
     ),
+    option(
+        "--visual-tokens",
+        type=click.IntRange(1),
+        help="Fewer image tokens, where the model can: a sooner first word, a coarser answer.",
+    ),
     option("-q", "--quiet", is_flag=True, help="No hints on stderr."),
     option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
 )

@@ -7,6 +7,7 @@ come from bundle.json; docs/adding-a-family.md shows how to write one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -15,6 +16,8 @@ from edgevlm.bundle import Bundle
 from edgevlm.errors import PromptError, UnknownFamily
 from edgevlm.layout import Layout
 from edgevlm.prompt import Message, Place, Segment, Thinking
+
+_FEWER_TOKENS = (192, 128, 64)  # what VisionZip's authors measured (arXiv 2412.04467)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,10 +30,14 @@ class Family(Protocol):
     """What the engine asks of a family; one that inherits need not write what has a default.
 
     `details` are the values of `Settings.detail` that it knows, `detail` is the one to go by.
+    `shorter` are the numbers of visual tokens that it can do with besides all of them, and
+    `visual_tokens` is the one to go by; None for all.
     """
 
     details: Sequence[str] = ("auto",)
     detail: str = "auto"
+    shorter: range = range(0)
+    visual_tokens: int | None = None
 
     def layout(self, height: int, width: int) -> Layout:
         """Resizes, tiles and number of image tokens of a picture of that size in pixels."""
@@ -43,7 +50,14 @@ class Family(Protocol):
 
     def cheaper(self) -> Sequence[Family]:
         """The same family looking less closely, best first, for who has little time."""
-        return ()
+        ways = []
+        for name, values in (("detail", ("low",)), ("visual_tokens", _FEWER_TOKENS)):
+            known = self.details if name == "detail" else self.shorter
+            for value in values:
+                if value in known and value != getattr(self, name):
+                    ways.append(copy(self))
+                    setattr(ways[-1], name, value)
+        return ways
 
     def graph_inputs(self, layout: Layout) -> Mapping[str, NDArray[Any]]:
         """Inputs of the vision graph besides the patches, by name."""
@@ -87,13 +101,13 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
-def find(bundle: Bundle, detail: str = "auto") -> Family:
+def find(bundle: Bundle, detail: str = "auto", visual_tokens: int | None = None) -> Family:
     """The family of a bundle, set up with the numbers of its bundle.json.
 
     Raises:
         UnknownFamily: this version has no such family.
         BundleError: the family's numbers are missing or make no sense.
-        PromptError: the family does not know this `detail`.
+        PromptError: the family does not know this `detail`, or so few `visual_tokens`.
     """
     name = bundle.manifest["family"]
     if name not in names():
@@ -107,5 +121,13 @@ def find(bundle: Bundle, detail: str = "auto") -> Family:
         raise PromptError(
             f"detail is {detail!r}; this model knows {', '.join(family.details)}: choose of those"
         )
-    family.detail = detail
+    if visual_tokens is not None and visual_tokens not in family.shorter:
+        few, many = family.shorter.start, family.shorter.stop
+        known = (
+            f"from {few} to {many - 1} of its {many} can be asked for"
+            if family.shorter
+            else "only LLaVA models that were exported by this version can do with fewer"
+        )
+        raise PromptError(f"visual_tokens is {visual_tokens} for this model: {known}")
+    family.detail, family.visual_tokens = detail, visual_tokens
     return family

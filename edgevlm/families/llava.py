@@ -6,7 +6,8 @@ transformers' CLIPImageProcessor and LLaVA's own `expand2square`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from edgevlm import families
 from edgevlm.bundle import MANIFEST, Bundle, check_shape
@@ -14,6 +15,9 @@ from edgevlm.errors import BundleError
 from edgevlm.layout import Layout, View
 from edgevlm.prompt import ImageSlot, Message, Segment
 from edgevlm.turns import Turns
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _IMAGE = {
     "fit": str,
@@ -24,6 +28,7 @@ _IMAGE = {
     "fill": list,
     "n_tokens": int,
 }
+_FEWEST_TOKENS = 4  # with one of them made of many
 _FITS = ("crop", "pad", "stretch")
 _FILTERS = ("bicubic", "bilinear", "lanczos", "box")
 
@@ -35,6 +40,8 @@ class Family(families.Family):
         check_shape(path, self._image, _IMAGE)
         self._turns = Turns(path, bundle.manifest["prompt"])
         side, patch, fill = (self._image[key] for key in ("size_px", "patch_px", "fill"))
+        if self._image.get("shortens"):
+            self.shorter = range(_FEWEST_TOKENS, self._image["n_tokens"])
         for key, fits, expected in (
             ("fit", self._image["fit"] in _FITS, f"one of {', '.join(_FITS)}"),
             ("resample", self._image["resample"] in _FILTERS, f"one of {', '.join(_FILTERS)}"),
@@ -63,8 +70,15 @@ class Family(families.Family):
             patch_px=patch_px,
             channels_first=self._image["channels_first"],
             fill=(red, green, blue),
-            n_tokens=self._image["n_tokens"],
+            n_tokens=self.visual_tokens or self._image["n_tokens"],
         )
+
+    def graph_inputs(self, layout: Layout) -> Mapping[str, NDArray[Any]]:
+        import numpy as np  # here, because the command line loads families without it
+
+        if not self._image.get("shortens"):
+            return {}
+        return {"visual_tokens": np.array(self.visual_tokens or 0, np.int64)}
 
     def prompt(self, messages: Sequence[Message], layouts: Sequence[Layout]) -> list[Segment]:
         return self._turns.segments(

@@ -124,6 +124,7 @@ class Builder:
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
+        self._n_nodes = 0  # in branches, too: their names must differ
         self._small: list[onnx.TensorProto] = []
         self._weights: dict[str, tuple[tuple[int, ...], Load]] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -135,6 +136,10 @@ class Builder:
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
         return name
+
+    @property
+    def input_names(self) -> list[str]:
+        return [value.name for value in self._inputs]
 
     def result(
         self, value: str, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]
@@ -149,10 +154,24 @@ class Builder:
 
     def ops(self, kind: str, n_outputs: int, *inputs: str, **attributes: Any) -> list[str]:
         """A node with several outputs."""
-        name = f"{kind}_{len(self._nodes)}"
+        name = f"{kind}_{self._n_nodes}"
         names = [name, *(f"{name}_{n}" for n in range(1, n_outputs))]
         self._nodes.append(helper.make_node(kind, list(inputs), names, name, **attributes))
+        self._n_nodes += 1
         return names
+
+    def choose(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
+        """What `then` adds where the boolean `condition` holds, else what `otherwise` adds."""
+        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
+        return self.op("If", condition, **branches)
+
+    def _branch(self, build: Callable[[], str]) -> onnx.GraphProto:
+        outside, self._nodes = self._nodes, []
+        value = self.op("Identity", build())  # a branch cannot give back a value from outside
+        nodes, self._nodes = self._nodes, outside
+        output = onnx.ValueInfoProto(name=value)
+        output.type.tensor_type.elem_type = TensorProto.FLOAT
+        return helper.make_graph(nodes, value, [], [output])
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
         name = f"constant_{len(self._small)}"
@@ -216,7 +235,7 @@ class Builder:
             raise BundleError(f"activation {kind!r} is unknown; known: {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[kind](self, value)
 
-    def output(self, value: str, n_tokens: int, n_embd: int) -> None:
+    def output(self, value: str, n_tokens: int | str, n_embd: int) -> None:
         self.result(value, "embeddings", np.float32, ["tiles", n_tokens, n_embd])
 
     def model(self) -> Model:

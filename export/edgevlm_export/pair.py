@@ -172,9 +172,11 @@ def plan(
     template = prompts.choose(pair, vocabulary, prompt)
     images = _processor(pair, fit)
     shape = llava.tower_of(pair)
-    graph, n_tokens = llava.vision(pair, pair.config, shape, images.normalisation, pair.n_embd)
     # LLaVA-1.6; who names a fit wants one view of each picture
     tiled = bool(pair.config["image_grid_pinpoints"]) and fit is None
+    graph, n_tokens = llava.vision(
+        pair, pair.config, shape, images.normalisation, pair.n_embd, shortens=not tiled
+    )
     if tiled and "image_newline" not in pair:
         raise BundleError(
             f"{pair.mmproj} names tiles, as LLaVA-1.6 has them, but lacks image_newline, which "
@@ -201,7 +203,7 @@ def plan(
     manifest = {
         "family": "llava_next" if tiled else "llava",
         "licence": pair.licence,
-        "image": tiles if tiled else images.section(shape.patch_px, n_tokens),
+        "image": tiles if tiled else llava.image_section(images, shape, graph, n_tokens),
         "prompt": prompts.section(template, marked, marker),
         "generation": {"stop_token_ids": stops, "max_tokens": 256, "repeat_penalty": 1.0},
         "n_embd": pair.n_embd,

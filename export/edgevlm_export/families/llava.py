@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgevlm.errors import BundleError
 
-from .. import backbone, original, processor, tower
+from .. import backbone, original, processor, tower, visionzip
 from ..checkpoint import NUMBER, Checkpoint, Config, Kinds, section
 from ..graph import Graph
 from . import Options, Parts
@@ -87,9 +87,9 @@ def _parts(checkpoint: Checkpoint, options: Options, image_token: bool = True) -
             f"in {checkpoint.directory}: they belong to two checkpoints"
         )
     n_embd = text.language.n_embd
-    graph, n_tokens = vision(checkpoint, root, shape, images.normalisation, n_embd)
+    graph, n_tokens = vision(checkpoint, root, shape, images.normalisation, n_embd, shortens=True)
     manifest = {
-        "image": images.section(shape.patch_px, n_tokens),
+        "image": image_section(images, shape, graph, n_tokens),
         "prompt": text.prompt(image_token_id(root) if image_token else None),
         "generation": text.generation(),
         "card": {
@@ -148,8 +148,13 @@ def vision(
     shape: Tower,
     normalisation: tower.Normalisation,
     n_embd: int,
+    *,
+    shortens: bool = False,
 ) -> tuple[Graph, int]:
-    """The graph, and the number of image tokens it gives for one tile."""
+    """The graph, and the number of image tokens it gives for one tile.
+
+    If it `shortens`, it has an input for fewer, unless several layers or none are read.
+    """
     layers = root.get("vision_feature_layer", -2)
     layers = layers if isinstance(layers, list) else [layers]
     if not layers or not all(isinstance(layer, int) for layer in layers):
@@ -159,15 +164,37 @@ def vision(
         raise BundleError(f"vision_feature_select_strategy {strategy!r}; known: default, full")
     graph = Graph(shape.n_patches, shape.patch_values)
     if isinstance(shape, tower.Tower):
-        states = tower.hidden_states(graph, checkpoint, shape, normalisation, layers)
         n_tokens, width = shape.n_patches + shape.cls, shape.width
+        last = layers[-1] % (shape.n_layers + 1)
+        shortens = shortens and len(layers) == 1 and last > 0
+        read = [last - 1, last] if shortens else layers
+        states = tower.hidden_states(graph, checkpoint, shape, normalisation, read)
     else:
+        shortens = False
         states, (n_tokens, width) = shape.hidden_states(graph, normalisation, layers)
-    if strategy == "default":  # literally: a SigLIP tower has no CLS row and loses a patch
-        states = [tower.drop_first_row(graph, state) for state in states]
-        n_tokens -= 1
-    value = graph.op("Concat", *states, axis=-1) if len(states) > 1 else states[0]
+    n_tokens -= strategy == "default"
+
+    def selected() -> str:
+        chosen = states[-len(layers) :]
+        if strategy == "default":  # literally: a SigLIP tower has no CLS row and loses a patch
+            chosen = [tower.drop_first_row(graph, state) for state in chosen]
+        return graph.op("Concat", *chosen, axis=-1) if len(chosen) > 1 else chosen[0]
+
+    if isinstance(shape, tower.Tower) and shortens:
+        before, after = states
+        value = visionzip.shorten(graph, checkpoint, shape, last - 1, (before, after), selected)
+    else:
+        value = selected()
     widths = (width * len(layers), n_embd)
     activation = root.get("projector_hidden_act", "gelu")
-    graph.output(tower.projector(graph, checkpoint, value, widths, activation), n_tokens, n_embd)
+    embeddings = tower.projector(graph, checkpoint, value, widths, activation)
+    graph.output(embeddings, "tokens" if shortens else n_tokens, n_embd)
     return graph, n_tokens
+
+
+def image_section(
+    images: processor.Processor, shape: Tower, graph: Graph, n_tokens: int
+) -> dict[str, Any]:
+    """bundle.json's "image"."""
+    shortens = visionzip.INPUT in graph.input_names
+    return {**images.section(shape.patch_px, n_tokens), "shortens": shortens}
