@@ -1,4 +1,4 @@
-"""Measure everything again and render the page: every script here, one after another.
+"""Measure again and render the page: every script here that needs no model, one after another.
 
     python benchmarks/all.py [SCRIPT ...]
 
@@ -13,15 +13,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-_NO_QUESTION = {"all", "check", "common", "render"}
+_NO_QUESTION = {"all", "check", "common", "render", "towers"}
+_WANT_A_MODEL = {"batch", "cache", "prefill", "prefill_quality"}
 
 
 def scripts() -> list[str]:
-    return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in _NO_QUESTION)
+    found = {path.stem for path in HERE.glob("*.py")} - _NO_QUESTION
+    return sorted(found)
 
 
 def main() -> None:
-    for name in sys.argv[1:] or scripts():
+    for name in sys.argv[1:] or sorted({*scripts()} - _WANT_A_MODEL):
         print(f"\n--- {name}", flush=True)
         out = HERE / "results" / f"{name}.json"
         command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(out)]

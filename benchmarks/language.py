@@ -60,6 +60,7 @@ class Plain:
         self._decode(batch, len(rows), 0)
 
     def speak(self) -> None:
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self.handle), 0, N_PROMPT, -1)
         for n in range(N_SPOKEN):
             batch = lib.llama_batch_init(1, 0, 1)
             batch.token[0] = 100 + n

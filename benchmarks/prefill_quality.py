@@ -3,7 +3,8 @@
 A GGUF's weights are taken as the truth. On prose, the next-token distributions of the float graph
 are held against those of the int8 graph and of llama.cpp's quantizations of the same weights: mean
 KL divergence, how often the likeliest token is the same, perplexity. The prose is Python's own
-documentation.
+documentation. "Alone" the graph does all that a language model does; "handed over" is the runtime's
+way: it reads what comes before, llama.cpp (float32 here) goes on; every 8th row is scored so.
 
     python benchmarks/prefill_quality.py MODEL.gguf [--chunks N] [--float NAME ...] [--json]
 """
@@ -34,6 +35,7 @@ from edgevlm.kernels import Flag
 from edgevlm.sessions import Session
 
 CHUNK_TOKENS = 512
+STEP_TOKENS = 8  # every so many positions are scored where each takes a step of its own
 QUANTIZATIONS = ("q8_0", "q6_k", "q4_k_m", "q4_0")
 
 Logits = NDArray[np.float32]  # [n, n_vocab]
@@ -57,10 +59,13 @@ class Score:
         self.nll: list[NDArray[np.float64]] = []
 
     def add(self, expected: Logits, found: Logits, ids: list[int]) -> None:
-        p, q = log_softmax(expected), log_softmax(found)
+        """`found` has every row of the chunk, or every STEP_TOKENS-th."""
+        step = len(expected) // len(found)
+        p, q = log_softmax(expected[step - 1 :: step]), log_softmax(found)
         self.kl.append((np.exp(p) * (p - q)).sum(-1))
         self.same.append(p.argmax(-1) == q.argmax(-1))
-        self.nll.append(-q[np.arange(len(ids) - 1), ids[1:]])
+        following = ids[step::step]
+        self.nll.append(-q[np.arange(len(following)), following])
 
     def row(self, what: str) -> Row:
         kl = np.concatenate(self.kl)
@@ -104,33 +109,59 @@ class LlamaLogits:
     """llama.cpp on a file, logits of every row."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._model = llama.Model(path, extra_buffers=False)
+        self.model = llama.Model(path, extra_buffers=False)
         self._flag = Flag()
-        self._context = llama.Context(
-            self._model, CHUNK_TOKENS, threads=threads, flag=self._flag, precise=True
+        self.context = llama.Context(
+            self.model, CHUNK_TOKENS, threads=threads, flag=self._flag, precise=True
         )
 
     def __call__(self, ids: list[int]) -> Logits:
         n = len(ids)
-        self._context.truncate(0)
+        self.context.truncate(0)
         batch = lib.llama_batch_init(n, 0, 1)
         batch.n_tokens = n
         for i, token in enumerate(ids):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
             batch.seq_id[i][0], batch.logits[i] = 0, True
-        assert lib.llama_decode(self._context.handle, batch) == 0
+        assert lib.llama_decode(self.context.handle, batch) == 0
         lib.llama_batch_free(batch)
-        pointer = lib.llama_get_logits(self._context.handle)
-        return np.array(np.ctypeslib.as_array(pointer, (n, self._model.n_vocab)))
+        pointer = lib.llama_get_logits(self.context.handle)
+        return np.array(np.ctypeslib.as_array(pointer, (n, self.model.n_vocab)))
 
     def close(self) -> None:
-        self._context.close()
-        self._model.close()
+        self.context.close()
+        self.model.close()
+
+
+class HandedOver:
+    """As the runtime does it: the graph reads what stands before a token, llama.cpp the token."""
+
+    def __init__(self, graph: Graph, file: Path, directory: Path, threads: int) -> None:
+        path, data = directory / "prefill.onnx", directory / "prefill.data"
+        data.unlink(missing_ok=True)
+        graph.save(path, data=data)
+        self._session = Session(path, threads)
+        self._llama = LlamaLogits(file, threads)
+
+    def __call__(self, ids: list[int]) -> Logits:
+        context = self._llama.context
+        outputs = self._session.run_all({"rows": self._llama.model.embed(ids)}, Cancel())
+        rows = []
+        for n in range(STEP_TOKENS - 1, len(ids), STEP_TOKENS):
+            keys, values = [k[:n] for k in outputs[0::2]], [v[:, :n] for v in outputs[1::2]]
+            context.fill_cache(keys, values)
+            context.decode([ids[n]], n)
+            rows.append(context.logits())
+        return np.stack(rows)
+
+    def close(self) -> None:
+        self._llama.close()
 
 
 def measure(model: Path, n_chunks: int, floats: list[str], threads: int) -> Iterator[Row]:
     language = language_file.read(language_file.File(model))
     whole = prefill.graph(language, hidden=True)
+    shipped = prefill.graph(language)
     layers = precision.linear_layers(whole)
     tokenizer = llama.Model(model, extra_buffers=False)
     ids = tokenizer.tokenize(prose()[: 8 * n_chunks * CHUNK_TOKENS])
@@ -149,22 +180,27 @@ def measure(model: Path, n_chunks: int, floats: list[str], threads: int) -> Iter
                 total.add(wanted, logits(chunk), chunk)
             return total.row(what)
 
-        itself = iter(expected)
-        yield score("float graph", lambda _: next(itself))
-        for kept in ("", *floats):
-            keep = [name for name in layers if kept and kept in name]
-            graph = precision.int8(whole, keep)
-            what = f"int8 graph, {kept} in float" if kept else "int8 graph"
-            yield score(what, GraphLogits(graph, language, directory, threads))
         file = directory / "f32.gguf"
         language.save(file, "f32")
+        itself, every = iter(expected), iter(expected)
+        yield score("float graph", lambda _: next(itself))
+        what = f"float graph, every {STEP_TOKENS}th row"
+        yield score(what, lambda _: next(every)[STEP_TOKENS - 1 :: STEP_TOKENS])
+        for kept in ("", *floats):
+            keep = [name for name in layers if kept and kept in name]
+            what = f"int8 graph{kept and f', {kept} in float'}"
+            alone = precision.int8(whole, keep)
+            yield score(f"{what}, alone", GraphLogits(alone, language, directory, threads))
+            peer = HandedOver(precision.int8(shipped, keep), file, directory, threads)
+            yield score(f"{what}, handed over", peer)
+            peer.close()
         for kind in ("f32", *QUANTIZATIONS):
             quantized = directory / f"{kind}.gguf"
             if kind != "f32":
                 quantize.quantize(file, quantized, kind, threads=threads)
-            peer = LlamaLogits(quantized, threads)
-            yield score(f"llama.cpp {kind}", peer)
-            peer.close()
+            plain = LlamaLogits(quantized, threads)
+            yield score(f"llama.cpp {kind}", plain)
+            plain.close()
 
 
 def main() -> None:

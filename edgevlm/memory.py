@@ -16,7 +16,7 @@ from edgevlm.layout import Layout
 
 BATCH_TOKENS = 512  # what llama.cpp computes at once, its own default
 
-_LIBRARIES_BYTES = 120 << 20  # interpreter, numpy, Pillow, ONNX Runtime, llama.cpp
+_LIBRARIES_BYTES = 95 << 20  # interpreter, numpy, Pillow, ONNX Runtime, llama.cpp
 _PHOTO_BYTES = 12_000_000 * 7  # 12 megapixels decoded at full size: Pillow's 4 bytes, ours 3
 # ONNX Runtime's session against the file, while it opens and then: it packs weights anew, and
 # holds fp16 as float32.
@@ -26,7 +26,7 @@ _TOWER_HEADS = 16  # of CLIP-L and SigLIP-so400m alike; their scores are the lar
 _SCORE_BYTES = 2 * 4  # in float32: the product and its softmax
 _PATCH_BYTES = 4096 * 4 * 2  # a feed-forward layer's row, before and after its activation
 _TOKENIZER = 20  # times tokenizer.json, once it is read
-_VOCABULARY_BYTES = 1024  # a token: its text, its merges, its logit and the sampler's copies
+_VOCABULARY_BYTES = 512  # a token: its text, its merges, its logit and the sampler's copies
 _BITS = {"f32": 32.0, "f16": 16.0, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7}
 _BITS |= {"q4_k_m": 4.9, "q4_0": 4.6}
 _AS_THEY_ARE = ("f32", "f16", "bf16")  # kinds that llama.cpp never lays out anew,

@@ -101,4 +101,4 @@ def _models() -> list[tuple[int, str]]:
 
 def _size(n_bytes: int) -> str:
     """For a person, and as --max-ram takes it; rounded up."""
-    return f"{-(-n_bytes // 10**6)}MB" if n_bytes < 10**9 else f"{-(-n_bytes // 10**7) / 100}GB"
+    return f"{-(-n_bytes // 10**6)}MB" if n_bytes < 10**9 else f"{-(-n_bytes // 10**7) / 100:g}GB"

@@ -133,7 +133,7 @@ def test_a_description_gets_shorter_where_the_asked_one_does_not_fit(
 def test_what_was_read_already_costs_nothing_again(
     vlm: VLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibrated(monkeypatch, Costs(10**6, 10**5, 0))  # 1,000 s a tile, 100 s a token
+    calibrated(monkeypatch, Costs(10**7, 10**5, 0))  # 10,000 s a tile, 100 s a token
     chat = vlm.chat(picture)
     chat.ask("What is it?", max_tokens=2)
     with pytest.raises(TimeBudget):

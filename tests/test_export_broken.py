@@ -47,6 +47,16 @@ def lie_about_the_header(checkpoint: Path) -> None:
     file.write_bytes(struct.pack("<Q", 1 << 60) + file.read_bytes()[8:])
 
 
+def change_header(checkpoint: Path, **changes: object) -> None:
+    file = checkpoint / "model.safetensors"
+    data = file.read_bytes()
+    (n_bytes,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + n_bytes])
+    header[MLP] |= changes
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n_bytes :])
+
+
 def alter(checkpoint: Path, section: str, **changes: object) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     edit(checkpoint / "config.json", **{section: {**config[section], **changes}})
@@ -90,10 +100,26 @@ BROKEN = {
     ),
     "truncated weights": (truncate, "not a whole safetensors file"),
     "header longer than the file": (lie_about_the_header, "not a whole safetensors file"),
+    "shape that is a word": (
+        lambda c: change_header(c, shape="I64"),
+        "not a whole safetensors file",
+    ),
+    "dtype that is a list": (
+        lambda c: change_header(c, dtype=["F32"]),
+        "not a whole safetensors file",
+    ),
+    "offsets before the data": (
+        lambda c: change_header(c, data_offsets=[-24576, 0]),
+        "not a whole safetensors file",
+    ),
     "no weights": (lambda c: (c / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "no config": (lambda c: (c / "config.json").unlink(), "no config.json"),
     "config is not JSON": (lambda c: (c / "config.json").write_text("{"), "not valid JSON"),
     "no architectures": (lambda c: edit(c / "config.json", architectures=None), "architectures"),
+    "architectures that are no names": (
+        lambda c: edit(c / "config.json", architectures=[{}]),
+        "names no architectures",
+    ),
     "no tokenizer": (lambda c: (c / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     "tokenizer of a larger model": (
         lambda c: edit(
@@ -189,6 +215,21 @@ def test_missing_shard(tmp_path: Path) -> None:
     shard = sorted((tmp_path / "in").glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(BundleError, match=shard.name):
+        export(tmp_path / "in", tmp_path / "out")
+
+
+def test_the_family_stands_in_for_architectures(tmp_path: Path) -> None:
+    tiny.llava(tmp_path / "in")
+    edit(tmp_path / "in" / "config.json", architectures=None)
+    open_bundle(export(tmp_path / "in", tmp_path / "out", family="llava"))
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    tiny.llava(tmp_path / "in", shard="200KB")
+    first, second = sorted((tmp_path / "in").glob("*.safetensors"))[:2]
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: value}, second)
+    with pytest.raises(BundleError, match=rf"{name} is in {second.name} and in another shard"):
         export(tmp_path / "in", tmp_path / "out")
 
 

@@ -344,6 +344,7 @@ def test_image_section_follows_the_processor(tmp_path: Path) -> None:
         "resample": "bicubic",
         "fill": [122, 116, 104],  # LLaVA's int(mean · 255)
         "n_tokens": 16,
+        "shortens": True,
     }
     assert image_section(tmp_path / "in", tmp_path / "b", fit="pad") == {**crop, "fit": "pad"}
     size = {"height": 56, "width": 56}

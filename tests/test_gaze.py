@@ -64,3 +64,4 @@ def test_eyes_are_drawn_as_in_the_reference() -> None:
     assert len(plain) == len(mirrored) == 10
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-12)
+    assert gaze.eyes(region.place((0.2, 0.1, 0.4, 0.5)), 6) != (plain, mirrored)

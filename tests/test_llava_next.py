@@ -147,6 +147,21 @@ def test_logits_and_greedy_tokens_equal_transformers(
     parity.assert_equal(parity.ours(tmp_path / "out", messages, [photo(size_px)]), expected)
 
 
+@pytest.mark.parametrize("size_px", [(90, 130), (60, 300)])
+def test_a_tile_that_is_no_multiple_of_the_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size_px: tuple[int, int]
+) -> None:
+    """SigLIP-so400m/14 at 384 px: 6 px of every tile are not looked at."""
+    monkeypatch.setattr(tiny_llava_next, "TILE_PX", 62)
+    pinpoints = [[62 * rows, 62 * columns] for rows, columns in tiny_llava_next.GRIDS]
+    monkeypatch.setattr(tiny_llava_next, "PINPOINTS", pinpoints)
+    model = tiny_llava_next.checkpoint(tmp_path / "in", tower="siglip", seed=1)
+    export(tmp_path / "in", tmp_path / "out", language="f32")
+    expected = reference(model, tmp_path / "in", [user(QUESTION, photo(size_px))], "siglip")
+    found = parity.ours(tmp_path / "out", [Message("user", QUESTION, (0,))], [photo(size_px)])
+    parity.assert_equal(found, expected)
+
+
 def test_a_conversation_about_two_pictures_equals_transformers(
     exported: tuple[Any, Path, Path],
 ) -> None:
@@ -160,8 +175,9 @@ def test_a_conversation_about_two_pictures_equals_transformers(
 def test_pictures_alike_in_all_tiles_are_told_apart(exported: tuple[Any, Path, Path]) -> None:
     """Black padding and a black picture look the same; what is cut away differs."""
     with edgevlm.load(exported[2], threads=1) as vlm:
-        keys = {vlm.encode(Image.new("RGB", size)).key for size in ((100, 100), (100, 90))}
-    assert len(keys) == 2
+        black = [vlm.encode(Image.new("RGB", (100, width))) for width in (100, 90, 60)]
+    assert len({image.key for image in black}) == len({len(image.embeddings) for image in black})
+    assert len({image.key for image in black}) > 1
 
 
 def test_a_cls_row_among_the_tiles_is_refused(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ with edgevlm.load(model, max_ram=max_ram) as vlm:
     texts, open_at_the_end, held = [], [], []
     for _ in range(2):
         texts.append(vlm.describe(photo, max_tokens=12).text)
-        open_at_the_end.append(vlm._session is not None)
+        open_at_the_end.append(vlm._encoder._session is not None)
         held.append(device.rss_bytes())
     print(json.dumps({
         "texts": texts, "open": open_at_the_end, "held": held,

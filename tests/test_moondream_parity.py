@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,26 +185,39 @@ def test_places_in_a_question_equal_the_reference(tmp_path: Path, picture: Image
 @pytest.mark.parametrize("release", POINTING)
 def test_a_gaze_equals_the_reference(tmp_path: Path, picture: Image.Image, release: str) -> None:
     reference = moondream(tmp_path / "checkpoint", release, seed=8)
-    expected = _gaze(reference, reference.encode(picture), 0.3, 0.7)
+    rows = _gaze_rows(reference, reference.encode(picture), 0.3, 0.7)
+    ((x, y),) = reference.find(rows, _bos(release), False, 1)
     with opened(tmp_path) as vlm:
         gaze = vlm.gaze(picture, (0.3, 0.7))
     assert gaze is not None
-    assert (gaze.x, gaze.y) == expected
+    assert (gaze.x, gaze.y) == (x, y)
 
 
 def test_an_accurate_gaze_equals_the_reference(tmp_path: Path, picture: Image.Image) -> None:
     """detect_gaze with prioritize_accuracy (vikhyat/moondream, moondream/torch/moondream.py)."""
-    reference = moondream(tmp_path / "checkpoint", seed=8, bias={IDS["eos_id"]: 3.0})
+    end = IDS["eos_id"]
+    reference = moondream(tmp_path / "checkpoint", seed=8)
     drawn = random.Random(11)
-    whole = reference.encode(picture)
-    mirror = reference.encode(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    eyes = [(drawn.uniform(0.1, 0.5), drawn.uniform(0.2, 0.9)) for _ in range(20)]
+    mirror = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pictures = [reference.encode(picture)] * 10 + [reference.encode(mirror)] * 10
+    rows = [
+        _gaze_rows(reference, seen, x if n < 10 else 1 - x, y)
+        for n, (seen, (x, y)) in enumerate(zip(pictures, eyes, strict=True))
+    ]
+    # The end is made likely enough that some looks find nothing.
+    logits = [reference.run(each, reference.prefix)[1] for each in rows]
+    leads = sorted(float(each.max() - each[end]) for each in logits)
+    gaps = [after - before for before, after in pairwise(leads)]
+    widest = max(range(1, 9), key=gaps.__getitem__)
+    bias = leads[widest] + gaps[widest] / 2
+    assert gaps[widest] > 4 * LOGIT_ATOL
+    reference = moondream(tmp_path / "checkpoint", seed=8, bias={end: bias})
     found = []
-    for n in range(20):
-        x, y = drawn.uniform(0.1, 0.5), drawn.uniform(0.2, 0.9)
-        seen = _gaze(reference, whole, x, y) if n < 10 else _gaze(reference, mirror, 1 - x, y)
-        if seen is not None:
-            found.append(seen if n < 10 else (1 - seen[0], seen[1]))
-    assert 10 <= len(found) < 20  # some looks find nothing
+    for n, each in enumerate(rows):
+        for x, y in reference.find(each, end, False, 1):
+            found.append((x, y) if n < 10 else (1 - x, y))
+    assert 10 <= len(found) < 20
     kept = without_outliers(found)
     with opened(tmp_path) as vlm:
         gaze = vlm.gaze(picture, (0.1, 0.2, 0.5, 0.9), accurate=True, seed=11)
@@ -212,22 +226,17 @@ def test_an_accurate_gaze_equals_the_reference(tmp_path: Path, picture: Image.Im
     assert (gaze.x, gaze.y) == pytest.approx(expected, abs=1e-9)
 
 
-def _gaze(
-    reference: Reference, picture: torch.Tensor, x: float, y: float
-) -> tuple[float, ...] | None:
+def _gaze_rows(reference: Reference, picture: torch.Tensor, x: float, y: float) -> torch.Tensor:
     words = [tokenizer(reference.release).encode(s).ids for s in ("\n\nPoint:", " gaze\n\n")]
-    end_id = _bos(reference.release)
-    rows = torch.cat(
+    return torch.cat(
         [
-            reference.begin(picture, end_id),
+            reference.begin(picture, _bos(reference.release)),
             reference.embed(words[0]),
             reference.encoded("coord", x),
             reference.encoded("coord", y),
             reference.embed(words[1]),
         ]
     )
-    found = reference.find(rows, end_id, False, 1)
-    return found[0] if found else None
 
 
 @pytest.mark.parametrize("release", RELEASES[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -51,6 +52,23 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: Path) -> None:
     assert any(name.endswith("licenses/NOTICE") for name in names)
 
 
+@pytest.fixture(scope="module")
+def arm_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("arm")
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64.cmake'}"
+    cross = {"_PYTHON_HOST_PLATFORM": "linux-aarch64", "CMAKE_ARGS": toolchain}
+    _pip("wheel", "--no-deps", "-w", str(directory), str(ROOT), **cross)
+    (built,) = directory.glob("*.whl")
+    return built
+
+
+def test_the_wheel_for_arm_is_cross_built(arm_wheel: Path) -> None:
+    assert arm_wheel.name.endswith("-py3-none-linux_aarch64.whl")
+    library = zipfile.ZipFile(arm_wheel).read("edgevlm/libedgevlm_kernels.so")
+    machine = int.from_bytes(library[18:20], "little")
+    assert (library[:4], machine) == (b"\x7fELF", 183)  # EM_AARCH64, elf.h
+
+
 def test_an_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     _pip("install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
     assert str(tmp_path) in _run(tmp_path / "site", tmp_path)
@@ -61,9 +79,10 @@ def test_an_editable_install_runs_from_the_source_tree(tmp_path: Path) -> None:
     assert str(ROOT / "edgevlm") in _run(tmp_path / "site", tmp_path)
 
 
-def _pip(*arguments: str) -> None:
+def _pip(*arguments: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

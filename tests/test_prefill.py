@@ -138,6 +138,20 @@ def test_the_next_picture_goes_through_the_graph_though_prompts_begin_alike(
         assert [vlm.ask(each, "Two cats?", max_tokens=8).text for each in pictures] == found
 
 
+def test_answers_at_the_same_time_read_through_the_graph_too(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = small(tmp_path)
+    runs = counted(monkeypatch)
+    pictures = [picture.rotate(90 * n, expand=True) for n in range(4)]
+    with edgevlm.load(bundle, threads=1, precise=True) as vlm:
+        expected = [vlm.describe(each, max_tokens=8).text for each in pictures]
+        assert len(runs) == 4
+        outcomes = vlm.describe_many(pictures, parallel=3, max_tokens=8)
+        assert [o.answer.text for o in outcomes if o.answer is not None] == expected
+    assert len(runs) == 8
+
+
 def test_a_prompt_of_few_rows_is_left_to_llama_cpp(
     tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,9 +265,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
     whole = prefill.Prefill.run
 
-    def run(self: prefill.Prefill, rows: np.ndarray, cancel: Any) -> Any:
+    def run(self: prefill.Prefill, rows: np.ndarray, *more: Any) -> None:
         runs.append(len(rows))
-        return whole(self, rows, cancel)
+        whole(self, rows, *more)
 
     monkeypatch.setattr(prefill.Prefill, "run", run)
     return runs

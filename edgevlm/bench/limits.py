@@ -6,6 +6,7 @@ int8 kernels may pass the latter: it is a yardstick that every machine has, not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,15 +26,15 @@ def work(vlm: VLM, answer: Answer) -> dict[str, dict[str, float]]:
     """
     manifest = vlm.bundle.manifest
     files = {name: float(entry["bytes"]) for name, entry in manifest["files"].items()}
-    height, width = answer.input_px[0]
-    layout = vlm.layout(height, width)
+    layout = vlm.layout(*answer.input_px[0])
     n_patches = layout.n_tiles * (layout.tile_px // layout.patch_px) ** 2
     patch_bytes = 3.0 * layout.n_tiles * layout.tile_px**2
+    decoded_bytes = 3.0 * math.prod(map(min, answer.input_px[0], layout.at_least_px))
     n_weights = files["vision.onnx"] / _BYTES_A_WEIGHT.get(manifest["quantization"]["vision"], 4)
     by_patches = layout.patch_px < layout.tile_px
     return {
         "load": {BYTES: sum(files.values())},
-        "preprocess": {BYTES: 3.0 * height * width + patch_bytes},
+        "preprocess": {BYTES: decoded_bytes + patch_bytes},
         **({"encode": {FLOPS: 2 * n_weights * n_patches}} if by_patches else {}),
         "prefill": {FLOPS: 2.0 * vlm.language_parameters * answer.prompt_tokens},
         "decode": {BYTES: files["language.gguf"]},

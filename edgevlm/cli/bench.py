@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from edgevlm.cli import options
 
@@ -44,7 +45,8 @@ _OUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 @options.option("--json", "json_file", type=_OUT, help="Write the result here; - for stdout.")
 @options.option("--plot", "plot_file", type=_OUT, help="Draw the stages as a PNG.")
 @options.model
-def command(named: str | None, **arguments: Any) -> None:
+@click.pass_context
+def command(context: click.Context, /, named: str | None, **arguments: Any) -> None:
     """Time the stages of an answer, here and now.
 
     Every stage is held against what this machine could do at best, and with --vs against
@@ -53,7 +55,8 @@ def command(named: str | None, **arguments: Any) -> None:
     from edgevlm.bench import plot, report, run
 
     random_name, mmproj = arguments["random_name"], arguments["mmproj"]
-    if random_name and (named or arguments["model"]):
+    by_option = context.get_parameter_source("model") is ParameterSource.COMMANDLINE
+    if random_name and (named or by_option):  # $EDGEVLM_MODEL gives way
         raise click.UsageError("--random is a model of its own: give one or the other")
     if arguments["vs"] and not mmproj and not random_name:
         raise click.UsageError("--vs mtmd needs the model's vision file: --mmproj FILE")

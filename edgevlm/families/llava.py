@@ -76,9 +76,9 @@ class Family(families.Family):
     def graph_inputs(self, layout: Layout) -> Mapping[str, NDArray[Any]]:
         import numpy as np  # here, because the command line loads families without it
 
-        if not self._image.get("shortens"):
+        if self.visual_tokens is None:
             return {}
-        return {"visual_tokens": np.array(self.visual_tokens or 0, np.int64)}
+        return {"visual_tokens": np.array(self.visual_tokens, np.int64)}
 
     def prompt(self, messages: Sequence[Message], layouts: Sequence[Layout]) -> list[Segment]:
         return self._turns.segments(

@@ -203,7 +203,10 @@ def _entries(directory: Path) -> dict[str, Entry]:
     for shard in shards:
         if not (directory / shard).is_file():
             raise BundleError(f"{shard} is named in {index} and not there: fetch it")
-        entries |= header(directory / shard)
+        found = header(directory / shard)
+        if twice := entries.keys() & found.keys():
+            raise BundleError(f"{min(twice)} is in {shard} and in another shard: fetch both again")
+        entries |= found
     for name, shard in weight_map.items():
         if name not in entries or entries[name].file.name != shard:
             raise BundleError(f"{name} is missing in {directory / shard}, where {_INDEX} puts it")
@@ -221,16 +224,7 @@ def header(file: Path) -> dict[str, Entry]:
         try:
             listed = json.loads(stream.read(header_bytes))
             listed.pop("__metadata__", None)
-            entries = {
-                name: Entry(
-                    file,
-                    item["dtype"],
-                    tuple(item["shape"]),
-                    8 + header_bytes + item["data_offsets"][0],
-                    8 + header_bytes + item["data_offsets"][1],
-                )
-                for name, item in listed.items()
-            }
+            entries = {n: _entry(file, item, 8 + header_bytes) for n, item in listed.items()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise BundleError(broken) from error
     for entry in entries.values():
@@ -242,3 +236,14 @@ def header(file: Path) -> dict[str, Entry]:
         ):
             raise BundleError(broken)
     return entries
+
+
+def _entry(file: Path, item: Any, data_bytes: int) -> Entry:
+    """One line of the header; `data_bytes` is where the data begins. ValueError when it is odd."""
+    dtype, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+    numbers = (*shape, start, stop)
+    if not (isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)):
+        raise ValueError(f"{dtype!r}, {numbers!r:.60}")
+    if start > stop:
+        raise ValueError(f"{start} is behind {stop}")
+    return Entry(file, dtype, shape, data_bytes + start, data_bytes + stop)

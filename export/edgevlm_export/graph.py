@@ -131,9 +131,18 @@ class Builder:
         self._outputs: list[onnx.ValueInfoProto] = []
         self.has_inserted = False
 
-    def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
-        """One more input; a name in `shape` is a dynamic axis."""
+    def input(
+        self,
+        name: str,
+        dtype: npt.DTypeLike,
+        shape: Sequence[int | str],
+        default: npt.ArrayLike | None = None,
+    ) -> str:
+        """One more input; a name in `shape` is a dynamic axis. With a `default` it need not be
+        fed."""
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        if default is not None:
+            self._small.append(numpy_helper.from_array(np.asarray(default, dtype), name))
         self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
         return name
 

@@ -7,7 +7,7 @@ projector as everywhere. `verify` holds our graphs against such a one. Needs the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +32,6 @@ from .tower import Normalisation
 
 _auto: Any = transformers  # half of it is typed
 _TASK = "feature-extraction"
-_STATE, _LAST = "hidden_states.{}", "last_hidden_state"
 
 
 class Tower:
@@ -99,11 +98,11 @@ class Tower:
                 f"{[shape, *others]}: rows of one width are needed"
             )
         traced, found = self._trace(n_states, noise)
-        names = [_name(index, states, found) for index in wanted]
-        if not all(names):
+        names = [f"hidden_states.{index}" for index in wanted]
+        if not all(_alike(found[n], states[i].numpy()) for n, i in zip(names, wanted, strict=True)):
             raise BundleError(
-                f"Optimum's export of the vision tower {self._kind!r} does not compute what "
-                f"transformers {transformers.__version__} does: it cannot be used"
+                f"Optimum's export of {self._kind!r} does not compute the hidden states {wanted} "
+                f"of transformers {transformers.__version__}: it cannot be used"
             )
         needed = _needed(traced.graph, names)
         for tensor in needed.initializer:
@@ -130,7 +129,7 @@ class Tower:
         self, n_states: int, pixels: torch.Tensor
     ) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[np.float32]]]:
         """Optimum's export for one size of picture, and what it makes of `pixels`."""
-        names = [_LAST, *map(_STATE.format, range(n_states))]
+        names = [f"hidden_states.{index}" for index in range(n_states)]
 
         class AllStates(type(self._onnx_config)):  # type: ignore[misc]
             DUMMY_INPUT_GENERATOR_CLASSES = (DummyVisionInputGenerator,)
@@ -172,19 +171,10 @@ def _load(model: torch.nn.Module, checkpoint: Checkpoint) -> list[str]:
     return absent
 
 
-def _name(
-    index: int, states: Sequence[torch.Tensor], found: Mapping[str, npt.NDArray[np.float32]]
-) -> str:
-    """The traced value that is the hidden state `index`, "" if there is none.
-
-    Releases differ in whether the last of them is the one before or after the final norm.
-    """
-    names = [_STATE.format(index), *([_LAST] if index == len(states) - 1 else [])]
-    expected = states[index].numpy()
-    # float32, added up in another order; what the checkpoint lacks is NaN on both sides
-    atol = 1e-4 * max(1.0, float(np.nan_to_num(np.abs(expected)).max()))
-    alike = (n for n in names if np.allclose(found[n], expected, rtol=0, atol=atol, equal_nan=True))
-    return next(alike, "")
+def _alike(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> bool:
+    """float32, added up in another order; what the checkpoint lacks is NaN on both sides."""
+    scale = max(1.0, float(np.nan_to_num(np.abs(expected)).max()))
+    return np.allclose(found, expected, rtol=0, atol=1e-4 * scale, equal_nan=True)
 
 
 def _needed(graph: onnx.GraphProto, outputs: Sequence[str]) -> onnx.GraphProto:

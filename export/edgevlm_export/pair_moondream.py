@@ -72,9 +72,10 @@ class MoondreamPair(pair.Pair):
         return (1, *found[-2:]) if name == "vision.pos_emb" else found
 
     def get(self, name: str) -> npt.NDArray[np.float32]:
+        stored = super().get
         if ".attn.qkv." in name:
-            return np.concatenate([super().get(name.replace("qkv", part)) for part in "qkv"])
-        return super().get(name)
+            return np.concatenate([stored(name.replace("qkv", part)) for part in "qkv"])
+        return stored(name)
 
     @property
     def n_heads(self) -> int:

@@ -34,7 +34,7 @@ def shorten(
     `states` are the input and the output of the tower's `layer`, float32
     [tiles, n_patches (+ 1 with cls), width].
     """
-    n_tokens = graph.input(INPUT, np.int64, [])
+    n_tokens = graph.input(INPUT, np.int64, [], default=0)
     asked = graph.op("Greater", n_tokens, graph.constant(0, np.int64))
     branch = _Branch(graph, weights, tower, f"{tower.prefix}encoder.layers.{layer}")
     return graph.choose(asked, lambda: branch.zip(*states, n_tokens), otherwise)
@@ -130,8 +130,9 @@ class _Branch:
         def scaled(kind: str) -> Array:
             return (weights.get(f"{name}.{kind}") * scale).astype(np.float32)
 
+        own = f"{name}.visionzip"  # the tower's may become int8, and K has lost its bias there
         value = self._graph.linear(
-            value, name, (width, width), lambda: scaled("weight").T, lambda: scaled("bias")
+            value, own, (width, width), lambda: scaled("weight").T, lambda: scaled("bias")
         )
         shape = self._graph.constant([0, 0, n_heads, width // n_heads], np.int64)
         return self._graph.op("Reshape", value, shape)

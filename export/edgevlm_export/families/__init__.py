@@ -58,7 +58,8 @@ def find(checkpoint: Checkpoint, name: str | None) -> tuple[str, Family]:
             raise UnknownFamily(f"family {name!r} is unknown; known: {', '.join(known)}")
         return name, known[name]
     architectures = checkpoint.config.get("architectures")
-    if not architectures or not isinstance(architectures, list):
+    named = isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
+    if not architectures or not named:
         raise BundleError(
             f"{checkpoint.directory / 'config.json'} names no architectures: repair it or name "
             f"the family ({', '.join(known)})"

@@ -165,7 +165,7 @@ def vision(
     graph = Graph(shape.n_patches, shape.patch_values)
     if isinstance(shape, tower.Tower):
         n_tokens, width = shape.n_patches + shape.cls, shape.width
-        last = layers[-1] % (shape.n_layers + 1)
+        last = layers[-1] + (shape.n_layers + 1 if layers[-1] < 0 else 0)
         shortens = shortens and len(layers) == 1 and last > 0
         read = [last - 1, last] if shortens else layers
         states = tower.hidden_states(graph, checkpoint, shape, normalisation, read)

@@ -1,0 +1,94 @@
+"""How much sooner does the prefill graph read a picture than llama.cpp does?
+
+Random rows in place of a picture's embeddings, as many as --rows, go through the bundle's graph and
+into llama.cpp's cache, and through llama.cpp itself; they take turns. Then the last row is decoded.
+Medians in ms, the ratio, and how close the two logits are.
+
+    python benchmarks/prefill.py BUNDLE [--rows N] [--rounds N] [--threads N] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgevlm import bundle as bundles
+from edgevlm import device, llama, prefill, probe, sessions
+from edgevlm.cancel import Cancel
+from edgevlm.memory import BATCH_TOKENS
+
+
+def milliseconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - started)
+
+
+def measure(directory: Path, n_rows: int, rounds: int, threads: int) -> dict[str, Any]:
+    bundle = bundles.open_bundle(directory)
+    cancel = Cancel()
+    model = llama.Model(bundle.file("language.gguf"), extra_buffers=probe.verdict().extra_buffers)
+    bidirectional = bundle.manifest["image"].get("bidirectional_tokens", 0)
+    context = llama.Context(
+        model, bundle.manifest["n_ctx"], threads=threads, flag=cancel.flag,
+        n_batch=max(BATCH_TOKENS, bidirectional),
+    )  # fmt: skip
+    graph = prefill.find(bundle, "auto", threads, context.takes_cache)
+    if graph is None:
+        raise SystemExit(f"{directory} has no prefill graph: export it with --prefill int8")
+    rows = np.random.default_rng(0).standard_normal((n_rows, model.n_embd)).astype(np.float32)
+    rows *= model.embed(list(range(100))).std()  # as large as a token's
+    read = context.decode_bidirectional if bidirectional else context.decode
+    times: dict[str, list[float]] = {"graph_ms": [], "llama_ms": [], "last_row_ms": []}
+    first_ms = milliseconds(lambda: graph.run(rows, context, 0, cancel))  # opens the graph
+    for _ in range(rounds):
+        times["graph_ms"].append(milliseconds(lambda: graph.run(rows, context, 0, cancel)))
+        times["last_row_ms"].append(milliseconds(lambda: context.decode([1], n_rows)))
+        found = context.logits()
+        context.truncate(0)
+        times["llama_ms"].append(milliseconds(lambda: read(rows, 0)))
+        context.decode([1], n_rows)
+        expected = context.logits()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    size = np.linalg.norm(found) * np.linalg.norm(expected)
+    cancel.close()
+    return {
+        "bundle": str(directory),
+        "cpu": device.cpu_name(),
+        "threads": threads,
+        "onnxruntime": sessions.version(),
+        "llama-cpp-python": llama.version(),
+        "rows": n_rows,
+        "rounds": rounds,
+        "first_graph_ms": first_ms,
+        **medians,
+        "ratio": medians["llama_ms"] / medians["graph_ms"],
+        "logits_cosine": float((found * expected).sum() / size),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rows", type=int, default=730)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=device.thread_budget())
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    result = measure(given.bundle, given.rows, given.rounds, given.threads)
+    if given.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:18} {value:.3f}" if isinstance(value, float) else f"{name:18} {value}")
+
+
+if __name__ == "__main__":
+    main()
