@@ -1,7 +1,7 @@
 """What a model takes in memory, part by part, before any of it is opened.
 
-Upper estimates of resident memory, mapped file pages included. The constants were measured with
-the models of docs/memory.md; tests/test_memory.py holds them against real processes.
+Estimates of peak resident memory, mapped file pages included; docs/memory.md says which models
+they were measured with, and which exceeds them. tests/test_memory.py holds them for two.
 """
 
 from __future__ import annotations
