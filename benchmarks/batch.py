@@ -22,11 +22,10 @@ from typing import Any
 import common
 
 import edgevlm
-from edgevlm import probe
 from edgevlm.bench import photo
-from edgevlm.bench.mtmd import Peer, Setup
+from edgevlm.bench.mtmd import Peer
+from edgevlm.bench.run import peer_setup
 from edgevlm.many import PARALLEL
-from edgevlm.prompt import ImageSlot
 
 ONE_BY_ONE, LIBMTMD = "one by one", "libmtmd, one by one"
 
@@ -59,23 +58,6 @@ def describers(
     return found
 
 
-def setup(vlm: edgevlm.VLM, mmproj: Path, file: Path) -> Setup:
-    texts: list[list[int]] = [[]]
-    for unit in vlm.prompt(file).units:
-        if isinstance(unit, int):
-            texts[-1].append(unit)
-        elif isinstance(unit, ImageSlot):
-            texts.append([])
-    return Setup(
-        language=vlm.bundle.file("language.gguf"),
-        mmproj=mmproj,
-        texts=tuple(tuple(text) for text in texts),
-        n_ctx=vlm.bundle.manifest["n_ctx"],
-        threads=vlm.threads,
-        extra_buffers=probe.verdict().extra_buffers,
-    )
-
-
 def main() -> None:
     parser = common.parser(__doc__, rounds=1)
     parser.add_argument("model", nargs="?")
@@ -96,7 +78,7 @@ def main() -> None:
         photo.save_another(pixels, files[0])
         peer = None
         if options.mmproj:
-            peer = stack.enter_context(Peer(setup(vlm, options.mmproj, files[0])))
+            peer = stack.enter_context(Peer(peer_setup(vlm, options.mmproj, files[0])))
         who = describers(vlm, options.parallel, options.max_tokens, peer)
         for describe in who.values():
             describe(files[:1])  # warms up

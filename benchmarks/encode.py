@@ -12,12 +12,7 @@ The files, 3 GB for both towers, stay in the cache directory, named as random.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -25,16 +20,15 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import llama_cpp
+import common
 import llama_cpp.llama_cpp as lib
 import numpy as np
-import onnxruntime
 from edgevlm_export import precision
 from edgevlm_export.graph import Model
 from numpy.typing import NDArray
 from towers import TOWERS, Shape, graph, language_model, mmproj
 
-from edgevlm import device, paths
+from edgevlm import paths
 from edgevlm.cancel import Cancel
 from edgevlm.sessions import Session
 
@@ -178,51 +172,18 @@ def _kept(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def medians_ms(work: dict[str, Encode], rounds: int) -> dict[str, float]:
-    """All take turns, so that whatever else the machine does meets all of them alike."""
-    times_ms: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
-        for name, call in work.items():
-            begin_s = time.perf_counter()
-            call()
-            if turn > 0:  # the first turn warms up
-                times_ms[name].append(1e3 * (time.perf_counter() - begin_s))
-    return {name: statistics.median(times) for name, times in times_ms.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = common.parser(__doc__, rounds=7)
     parser.add_argument("--tower", nargs="*", choices=TOWERS, default=list(TOWERS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=device.thread_budget())
     parser.add_argument("--cache", type=Path, default=paths.cache("random"))
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "question": "Is a picture encoded faster than by what a user would pick instead?",
-        "peer": PEER,
-        "machine": {"cpu": device.cpu_name(), "cores": device.physical_cores()},
-        "versions": {
-            "python": platform.python_version(),
-            "onnxruntime": onnxruntime.__version__,
-            "llama-cpp-python": llama_cpp.__version__,
-        },
-        "settings": {"threads": options.threads, "rounds": options.rounds, "weights": "random"},
-        "medians_ms": {},
-        "ratios": {},
-    }
-    print(f"{device.cpu_name()}, {options.threads} threads, random weights")
+    times = {}
     for name in options.tower:
         work = contenders(name, TOWERS[name], options.cache, options.threads)
-        times = medians_ms(work, options.rounds)
-        ratios = {who: times[PEER] / time_ms for who, time_ms in times.items()}
-        result["medians_ms"][name], result["ratios"][name] = times, ratios
-        print(f"\n{name}: median of {options.rounds}, times as fast as {PEER}")
-        for who, time_ms in times.items():
-            print(f"  {who:<20}{time_ms:9.0f} ms{ratios[who]:8.2f}×")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        times[f"{name}, random weights"] = common.medians_ms(work, options.rounds)
+    question = "Is a picture encoded faster than by what a user would pick instead?"
+    common.publish(common.result(question, PEER, times, options), options)
 
 
 if __name__ == "__main__":

@@ -158,15 +158,15 @@ class VLM:
     ) -> Iterator[Piece]:
         """Like `ask`, or with a `length` like `describe`, in pieces as they are made; the last
         one carries the answer."""
-        many = _as_list(pictures)
+        shown = _as_list(pictures)
         message = Message(
             "user",
             question if length is None else self._family.describe(length),
-            tuple(range(len(many))),
+            tuple(range(len(shown))),
             length,
             tuple(region.place(spot) for spot in places),
         )
-        return self.run([message], many, Options(**options))
+        return self.run([message], shown, Options(**options))
 
     def describe_many(
         self,
@@ -378,7 +378,7 @@ class VLM:
         """Headers of pictures and words of the prompt; nothing is decoded yet."""
         photos: list[Opened] = [self._encoder.open(picture) for picture in pictures]
         if options.budget_s is not None:
-            messages, photos = self._affordable(messages, photos, options)
+            messages, photos = self._affordable(messages, photos, options, options.budget_s)
         layouts = [photo.layout for photo in photos]
         think = self._family.thinking(messages, layouts) if options.reasoning else None
         segments = think.segments if think else self._family.prompt(messages, layouts)
@@ -444,7 +444,11 @@ class VLM:
         return places
 
     def _affordable(
-        self, messages: Sequence[Message], photos: Sequence[Opened], options: Options
+        self,
+        messages: Sequence[Message],
+        photos: list[Opened],
+        options: Options,
+        budget_s: float,
     ) -> tuple[Sequence[Message], list[Opened]]:
         """The same, changed as far as the time demands; unchanged without a calibration.
 
@@ -452,8 +456,8 @@ class VLM:
             TimeBudget: there is no way to answer in time.
         """
         costs = calibration.known(self.bundle, self._threads)
-        if costs is None or options.budget_s is None:
-            return messages, [*photos]
+        if costs is None:
+            return messages, photos
         ways, choices = [], []
         for family in (self._family, *self._family.cheaper()):
             seen: list[Opened] = [
@@ -472,7 +476,7 @@ class VLM:
                         min(budget.ANSWER_TOKENS[length], limit),
                     )
                 )
-        return ways[budget.best(costs, options.budget_s, choices)]
+        return ways[budget.best(costs, budget_s, choices)]
 
     def _make_room(self) -> None:
         """The vision session takes its turn."""

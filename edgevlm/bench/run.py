@@ -134,23 +134,24 @@ def _with_total(stages: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
 
 
 def _peer(vlm: VLM, plan: Plan, file: Path) -> Any:
-    if plan.mmproj is None:
-        return nullcontext()
+    return nullcontext() if plan.mmproj is None else Peer(peer_setup(vlm, plan.mmproj, file))
+
+
+def peer_setup(vlm: VLM, mmproj: Path, file: Path) -> Setup:
+    """The peer on the same language file, with the token ids that we read around a picture."""
     texts: list[list[int]] = [[]]
     for unit in vlm.prompt(file).units:
         if isinstance(unit, int):
             texts[-1].append(unit)
         elif isinstance(unit, ImageSlot):
             texts.append([])
-    return Peer(
-        Setup(
-            language=vlm.bundle.file("language.gguf"),
-            mmproj=plan.mmproj,
-            texts=tuple(tuple(text) for text in texts),
-            n_ctx=vlm.bundle.manifest["n_ctx"],
-            threads=vlm.threads,
-            extra_buffers=probe.verdict().extra_buffers,
-        )
+    return Setup(
+        language=vlm.bundle.file("language.gguf"),
+        mmproj=mmproj,
+        texts=tuple(tuple(text) for text in texts),
+        n_ctx=vlm.bundle.manifest["n_ctx"],
+        threads=vlm.threads,
+        extra_buffers=probe.verdict().extra_buffers,
     )
 
 
