@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm import device
 from edgevlm.errors import BackendError, Cancelled, DeviceError
 
 ABI_VERSION = 1
@@ -92,6 +93,15 @@ def select_tier(name: str) -> None:
         DeviceError: this build or this CPU does not have it.
     """
     _select(_library(), name)
+
+
+def operators() -> Path | None:
+    """The library as ONNX Runtime takes it, for its fused int8 layers (kernels/operators.cpp).
+
+    None where ONNX Runtime's own kernels serve better: on CPU tiers that have none of ours, and
+    with AMX, whose tiles only they use.
+    """
+    return None if tier() != "avx512" or device.has_amx() else _find()
 
 
 def abort_callback() -> ctypes.c_void_p:

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgevlm import graph_cache
+from edgevlm import graph_cache, kernels
 from edgevlm.answer import Device
 from edgevlm.cancel import Cancel
 from edgevlm.device import Support
@@ -72,9 +72,9 @@ class Session:
         """
         keeps = bool(sha256) and device == "cpu"
         if keeps and path.stat().st_size <= graph_cache.MOST_BYTES:
-            self._session = _open_kept(path, threads, graph_cache.directory(sha256, version()))
+            self._session = _open_kept(path, threads, graph_cache.directory(sha256, maker()))
         else:
-            self._session = _open(path, _options(threads, prepack), device)
+            self._session = _open(path, _options(threads, prepack, device), device)
         self.output_width = self._session.get_outputs()[0].shape[-1]
 
     def run(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> NDArray[np.float32]:
@@ -112,7 +112,12 @@ class Session:
             cancel.stops_with(None)
 
 
-def _options(threads: int, prepack: bool = True) -> ort.SessionOptions:
+def maker() -> str:
+    """What an optimized graph depends on besides the CPU."""
+    return version() + (" with edgevlm's operators" if kernels.operators() else "")
+
+
+def _options(threads: int, prepack: bool = True, device: Device = "cpu") -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS_ONLY
@@ -120,6 +125,9 @@ def _options(threads: int, prepack: bool = True) -> ort.SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    library = kernels.operators() if device == "cpu" else None
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return options
 
 

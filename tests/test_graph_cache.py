@@ -21,7 +21,7 @@ NANO = hub.packaged("nano")
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the copy of nano's graph is to be; nothing is there yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return graph_cache.directory(NANO.sha256("vision.onnx"), sessions.version())
+    return graph_cache.directory(NANO.sha256("vision.onnx"), sessions.maker())
 
 
 @pytest.fixture

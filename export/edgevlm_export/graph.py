@@ -22,13 +22,12 @@ from onnx import TensorProto, helper, numpy_helper
 from edgevlm.errors import BundleError
 
 from .checkpoint import Checkpoint
+from .linear import CONTRIB, OPSET
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Load: TypeAlias = Callable[[], Array]
 Progress: TypeAlias = Callable[[int, int], None]  # weights written, weights in all
 
-OPSET = 17
-CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 _IR_VERSION = 8  # the version of opset 17's first release; every supported ONNX Runtime reads it
 _PROTOBUF_LIMIT_BYTES = 2**31 - 1
 _ALIGNMENT_BYTES = 4096  # so that external data can be mapped
@@ -56,6 +55,7 @@ class Model:
     nodes: tuple[onnx.NodeProto, ...]
     constants: tuple[onnx.TensorProto, ...]
     weights: Mapping[str, Weight]
+    functions: tuple[onnx.FunctionProto, ...] = ()
 
     def save(
         self, path: Path, *, data: Path | None = None, progress: Progress | None = None
@@ -76,12 +76,14 @@ class Model:
         graph = helper.make_graph(
             list(self.nodes), "graph", self.inputs, self.outputs, list(self.constants)
         )
-        domains = sorted({node.domain for node in self.nodes} | {""})
+        bodies = (node for function in self.functions for node in function.node)
+        domains = sorted({node.domain for node in (*self.nodes, *bodies)} | {""})
         model = helper.make_model(
             graph,
             ir_version=_IR_VERSION,
             opset_imports=[helper.make_opsetid(d, 1 if d else OPSET) for d in domains],
             producer_name="edgevlm",
+            functions=self.functions,
         )
         with path.open("wb") as stream:
             stream.write(model.SerializeToString())
@@ -280,8 +282,7 @@ def _varint(value: int) -> bytes:
 
 def _quick_gelu(graph: Builder, x: str) -> str:
     """x · sigmoid(1.702 x), CLIP's own."""
-    scaled = graph.op("Mul", x, graph.constant(1.702, np.float32))
-    return graph.op("Mul", x, graph.op("Sigmoid", scaled))
+    return graph.op("QuickGelu", x, domain=CONTRIB, alpha=1.702)
 
 
 def _erf_gelu(graph: Builder, x: str) -> str:
@@ -297,7 +298,8 @@ def _tanh_gelu(graph: Builder, x: str) -> str:
 
 
 def _silu(graph: Builder, x: str) -> str:
-    return graph.op("Mul", x, graph.op("Sigmoid", x))
+    """x · sigmoid(x)"""
+    return graph.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
 
 
 _ACTIVATIONS: dict[str, Callable[[Builder, str], str]] = {  # names as in Hugging Face configs

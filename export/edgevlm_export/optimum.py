@@ -27,7 +27,8 @@ from optimum.utils import DummyVisionInputGenerator
 from edgevlm.errors import BundleError
 
 from .checkpoint import Checkpoint, Config, whole_number
-from .graph import OPSET, Graph
+from .graph import Graph
+from .linear import OPSET
 from .tower import Normalisation
 
 _auto: Any = transformers  # half of it is typed

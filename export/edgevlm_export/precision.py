@@ -19,13 +19,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgevlm.errors import BundleError
 
-from .graph import CONTRIB, Load, Model, Weight
+from . import linear
+from .graph import Load, Model, Weight
+from .linear import CONTRIB
 
 _WEIGHT_MAX = 127
-_ACTIVATION_MAX = 127
-_ZERO_POINT = 128
 _F16_MAX = 65504.0
-_SMALLEST_PEAK = 1e-9  # an empty row would divide by 0
 
 
 def linear_layers(model: Model) -> dict[str, onnx.NodeProto]:
@@ -65,16 +64,23 @@ def fp16(model: Model) -> Model:
     return replace(model, nodes=(*nodes, *model.nodes), weights=weights)
 
 
-def int8(model: Model, keep_float: Collection[str] = ()) -> Model:
-    """Linear layers in int8, except those whose weight `keep_float` names."""
-    chosen = {n: node for n, node in linear_layers(model).items() if n not in keep_float}
+def int8(model: Model, keep_float: Collection[str] = (), *, parts: int = 1) -> Model:
+    """Linear layers in int8, except those whose weight `keep_float` names.
+
+    What follows a product alone, its bias and its activation, joins it in one node. Rows have a
+    scale in each of `parts` equal parts of their length, where that comes out even.
+    """
+    layers = _layers(model)
+    chosen = {n: layer for n, layer in layers.items() if n not in keep_float}
+    last = {layer.nodes[-1].output[0]: name for name, layer in chosen.items()}
+    joined = {node.output[0] for layer in chosen.values() for node in layer.nodes}
     rewriting = _Rewriting(model)
-    by_output = {node.output[0]: name for name, node in chosen.items()}
     for node in model.nodes:
-        if (name := by_output.get(node.output[0])) is None:
+        output = node.output[0]
+        if output in last:
+            rewriting.quantized(last[output], chosen[last[output]], output, parts)
+        elif output not in joined:
             rewriting.nodes.append(node)
-        else:
-            rewriting.quantized(node.input[0], name, node.output[0])
     weights = {n: weight for n, weight in model.weights.items() if n not in chosen}
     return rewriting.finish({**weights, **rewriting.weights}, model.outputs)
 
@@ -82,7 +88,7 @@ def int8(model: Model, keep_float: Collection[str] = ()) -> Model:
 def probe(model: Model) -> Model:
     """The graph in fp32 with another output: how far int8 would move each linear layer.
 
-    float32 [layers], in the order of `linear_layers`: the squared error of the layer's output as
+    float32 [layers], in the order of `linear_layers`: the squared error of the layer's product as
     a part of its square, on the activations of the fp32 graph.
     """
     rewriting = _Rewriting(model)
@@ -92,27 +98,65 @@ def probe(model: Model) -> Model:
         rewriting.nodes.append(node)
         if (output := node.output[0]) in layers:
             rounded = f"{output}.rounded"
-            rewriting.quantized(node.input[0], layers[output], rounded)
+            rewriting.quantized(layers[output], _Layer((node,)), rounded, parts=1)
             difference = rewriting.op("Sub", rounded, output)
             moved, size = (
                 rewriting.op("ReduceSumSquare", value, keepdims=0) for value in (difference, output)
             )
             ratio = rewriting.op("Div", moved, size)
-            errors.append(rewriting.op("Reshape", ratio, rewriting.constant(_ONE)))
+            errors.append(rewriting.op("Reshape", ratio, _ONE.name))
     rewriting.op("Concat", *errors, output="errors", axis=0)
     result = helper.make_tensor_value_info("errors", TensorProto.FLOAT, [len(errors)])
-    return rewriting.finish({**model.weights, **rewriting.weights}, (result,))
+    found = rewriting.finish({**model.weights, **rewriting.weights}, (result,))
+    return replace(found, constants=(*found.constants, _ONE))
 
 
-_ONE = np.array([1], np.int64)
+_ONE = numpy_helper.from_array(np.array([1], np.int64), "int8_one")
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A value as the int8 kernels take it."""
+class _Layer:
+    """A product and what of bias and activation follows it and nothing else reads."""
 
-    quantized: str  # uint8 [..., in]
-    scale: str  # float32 [..., 1]
+    nodes: tuple[onnx.NodeProto, ...]
+    bias: str = ""
+    activation: str = ""
+    alpha: float | None = None
+
+
+def _layers(model: Model) -> dict[str, _Layer]:
+    """The linear layers by the name of their weight, each with what it can be joined with."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in model.outputs}
+
+    def next_node(node: onnx.NodeProto) -> onnx.NodeProto | None:
+        name = node.output[0]
+        followers = readers.get(name, [])
+        return followers[0] if len(followers) == 1 and name not in outputs else None
+
+    found = {}
+    for name, product in linear_layers(model).items():
+        layer, width = _Layer((product,)), model.weights[name].shape[1:]
+        after = next_node(product)
+        if after is not None and after.op_type == "Add" and len(after.input) == 2:
+            (other,) = (value for value in after.input if value != product.output[0])
+            if other in model.weights and model.weights[other].shape == width:
+                layer = _Layer((product, after), other)
+                after = next_node(after)
+        if after is not None and _joins(after, layer):
+            alpha = next((a.f for a in after.attribute if a.name == "alpha"), None)
+            layer = _Layer((*layer.nodes, after), layer.bias, after.op_type, alpha)
+        found[name] = layer
+    return found
+
+
+def _joins(node: onnx.NodeProto, layer: _Layer) -> bool:
+    """Whether the activation `node` has a function that it is part of."""
+    kinds = ("QuickGelu", "FastGelu") if layer.bias else ("QuickGelu",)
+    return node.domain == CONTRIB and node.op_type in kinds and len(node.input) == 1
 
 
 class _Rewriting:
@@ -122,64 +166,49 @@ class _Rewriting:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, Weight] = {}
         self._model = model
-        self._constants: dict[bytes, onnx.TensorProto] = {}
-        self._rows: dict[str, _Rows] = {}  # layers that read one value share its rounding
+        self._kinds: set[linear.Kind] = set()
 
     def finish(self, weights: dict[str, Weight], outputs: tuple[onnx.ValueInfoProto, ...]) -> Model:
-        constants = (*self._model.constants, *self._constants.values())
         return replace(
             self._model,
             nodes=tuple(self.nodes),
-            constants=constants,
             weights=weights,
             outputs=outputs,
+            functions=linear.functions(self._kinds),
         )
 
-    def op(self, kind: str, *inputs: str, output: str = "", domain: str = "", **given: Any) -> str:
+    def op(self, kind: str, *inputs: str, output: str = "", **given: Any) -> str:
         output = output or f"int8_{kind}_{len(self.nodes)}"
-        node = helper.make_node(kind, list(inputs), [output], output, domain=domain, **given)
-        self.nodes.append(node)
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], output, **given))
         return output
 
-    def constant(self, value: npt.NDArray[Any]) -> str:
-        name = f"int8_constant_{len(self._constants)}"
-        key = value.dtype.str.encode() + bytes(value.shape) + value.tobytes()
-        return self._constants.setdefault(key, numpy_helper.from_array(value, name)).name
-
-    def quantized(self, value: str, name: str, output: str) -> None:
-        """value @ weight in int8, under the name `output`."""
+    def quantized(self, name: str, layer: _Layer, output: str, parts: int) -> None:
+        """The layer of weight `name` in int8, its result under the name `output`."""
         weight = self._model.weights[name]
-        integers, scales = f"{name}.int8", f"{name}.scale"
         n_in, n_out = weight.shape
-        rows = self._rows.get(value) or self._quantize_rows(value, n_in)
-        self._rows[value] = rows
-        self.weights[integers] = Weight(
-            (n_in, n_out), np.dtype(np.int8), lambda: _channels(weight.load)[0]
-        )
+        if n_in % parts:
+            parts = 1
+        kind = linear.Kind(parts, bool(layer.bias), layer.activation)
+        self._kinds.add(kind)
+        scales = f"{name}.scale"
+        names = [f"{name}.int8" if parts == 1 else f"{name}.{part}.int8" for part in range(parts)]
+        length = n_in // parts
+        for part, part_name in enumerate(names):
+            rows = slice(part * length, (part + 1) * length)
+            self.weights[part_name] = Weight(
+                (length, n_out), np.dtype(np.int8), partial(_integers, weight.load, rows)
+            )
         self.weights[scales] = Weight(
             (n_out,), np.dtype(np.float32), lambda: _channels(weight.load)[1]
         )
-        one = self.constant(np.array(1, np.float32))
-        zero_point = self.constant(np.array(_ZERO_POINT, np.uint8))
-        product = self.op(
-            "MatMulIntegerToFloat", rows.quantized, integers, one, scales, zero_point,
-            domain=CONTRIB,
-        )  # fmt: skip
-        self.op("Mul", product, rows.scale, output=output)
+        inputs = [layer.nodes[0].input[0], *names, scales]
+        if layer.bias:
+            inputs.append(layer.bias)
+        self.nodes.append(kind.node(inputs, output, layer.alpha))
 
-    def _quantize_rows(self, value: str, width: int) -> _Rows:
-        """One scale for each row, so that a token's outlier coarsens no other token."""
-        high = self.op("ReduceMax", value, axes=[-1], keepdims=1)
-        low = self.op("Neg", self.op("ReduceMin", value, axes=[-1], keepdims=1))
-        peak = self.op("Max", high, low, self.constant(np.array(_SMALLEST_PEAK, np.float32)))
-        scale = self.op("Mul", peak, self.constant(np.array(1 / _ACTIVATION_MAX, np.float32)))
-        # QuantizeLinear takes a list of scales along one axis: all rows behind one another
-        scales = self.op("Reshape", scale, self.constant(np.array([-1], np.int64)))
-        zero_point = self.constant(np.array([_ZERO_POINT], np.uint8))
-        zero_points = self.op("Expand", zero_point, self.op("Shape", scales))
-        rows = self.op("Reshape", value, self.constant(np.array([-1, width], np.int64)))
-        quantized = self.op("QuantizeLinear", rows, scales, zero_points, axis=0)
-        return _Rows(self.op("Reshape", quantized, self.op("Shape", value)), scale)
+
+def _integers(load: Load, rows: slice) -> npt.NDArray[np.int8]:
+    return _channels(load)[0][rows]
 
 
 def _channels(load: Load) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from edgevlm.errors import BundleError
 
 from .checkpoint import Checkpoint, Config, whole_number
-from .graph import CONTRIB, Array, Graph, Load
+from .graph import Array, Graph, Load
+from .linear import CONTRIB
 
 _INT64_MAX = 2**63 - 1
 # openai/clip-vit-large-patch14-336, which LLaVA's configs may leave out.

@@ -1,0 +1,154 @@
+"""The fused int8 layer, held against ONNX Runtime's own operators: the body of its function."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from edgevlm_export import linear
+from onnx import TensorProto, helper, numpy_helper
+
+from edgevlm import kernels
+
+KINDS = [
+    linear.Kind(parts, bias, activation)
+    for parts in (1, 4)
+    for bias in (False, True)
+    for activation in ("", *linear.ACTIVATIONS)
+    if bias or activation != "FastGelu"
+]
+fused_here = pytest.mark.skipif(
+    kernels.operators() is None, reason="this CPU runs ONNX Runtime's own operators"
+)
+
+
+def layer(kind: linear.Kind, part: int, n_out: int, seed: int = 0) -> bytes:
+    """A model of one node; its weights reach the limits of int8."""
+    rng = np.random.default_rng(seed)
+    tensors = {
+        f"w{n}": rng.integers(-127, 128, (part, n_out)).astype(np.int8) for n in range(kind.parts)
+    }
+    tensors["scales"] = rng.uniform(1e-4, 1e-3, n_out).astype(np.float32)
+    if kind.bias:
+        tensors["bias"] = rng.normal(size=n_out).astype(np.float32)
+    alpha = 1.702 if kind.activation == "QuickGelu" else None
+    n_in = part * kind.parts
+    graph = helper.make_graph(
+        [kind.node(["x", *tensors], "y", alpha)],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", n_in])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", n_out])],
+        [numpy_helper.from_array(values, name) for name, values in tensors.items()],
+    )
+    domains = [("", linear.OPSET), (linear.CONTRIB, 1), (linear.DOMAIN, 1)]
+    model = helper.make_model(
+        graph,
+        ir_version=8,
+        functions=[kind.function()],
+        opset_imports=[helper.make_opsetid(*domain) for domain in domains],
+    )
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def run(model: bytes, rows: np.ndarray, *, fused: bool, threads: int = 2) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    if fused:
+        options.register_custom_ops_library(str(kernels.operators()))
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": rows})[0]
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("n_rows", "part", "n_out"),
+    [(1, 4, 64), (5, 33, 100), (6, 64, 16), (7, 1, 1), (100, 130, 257), (800, 48, 65)],
+)
+def test_the_fused_layer_equals_its_function(
+    kind: linear.Kind, n_rows: int, part: int, n_out: int
+) -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(1, n_rows, part * kind.parts)).astype(np.float32)
+    rows[0, 0, 0] = 300  # an outlier
+    rows[0, -1] = 0  # an empty row
+    model = layer(kind, part, n_out)
+    expected = run(model, rows, fused=False)
+    for threads in (1, 3):
+        found = run(model, rows, fused=True, threads=threads)
+        if kind.activation:  # two ways to compute an exponential
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(found, expected)
+
+
+@fused_here
+@pytest.mark.parametrize("activation", linear.ACTIVATIONS)
+def test_activations_hold_at_any_size(activation: str) -> None:
+    """Far from zero the exponential must neither overflow nor leave a NaN."""
+    kind = linear.Kind(bias=True, activation=activation)
+    model = layer(kind, 8, 32)
+    rows = np.geomspace(1e-6, 1e6, 64, dtype=np.float32)[np.newaxis, :, np.newaxis]
+    rows = rows * np.array([1, -1, 0.5, -0.5, 0.1, 0, 1, 1], np.float32)
+    found, expected = run(model, rows, fused=True), run(model, rows, fused=False)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@fused_here
+def test_no_rows_give_no_rows_and_batches_are_rows() -> None:
+    model = layer(linear.Kind(bias=True), 32, 48)
+    rows = np.random.default_rng(0).normal(size=(3, 5, 32)).astype(np.float32)
+    flat = run(model, rows.reshape(1, 15, 32), fused=True)
+    np.testing.assert_array_equal(run(model, rows, fused=True).reshape(1, 15, 48), flat)
+    assert run(model, rows[:, :0], fused=True).shape == (3, 0, 48)
+
+
+@fused_here
+def test_sizes_that_disagree_are_an_error() -> None:
+    kind = linear.Kind(bias=True)
+    model = onnx.load_from_string(layer(kind, 32, 48))
+    (bias,) = (t for t in model.graph.initializer if t.name == "bias")
+    bias.CopyFrom(numpy_helper.from_array(np.zeros(47, np.float32), "bias"))
+    with pytest.raises(Exception, match="sizes of rows, weights, scales and bias disagree"):
+        run(model.SerializeToString(), np.zeros((1, 2, 32), np.float32), fused=True)
+
+
+def test_a_lower_cpu_tier_runs_onnx_runtimes_own_operators() -> None:
+    """EDGEVLM_CPU says what the whole process may use."""
+    code = "from edgevlm import kernels; print(kernels.operators())"
+    for name in kernels.tiers():
+        environment = {**os.environ, "EDGEVLM_CPU": name}
+        said = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        best = name == kernels.tiers()[0]
+        assert said == (str(kernels.operators()) if best else "None")
+
+
+def test_without_the_library_the_function_takes_its_place(tmp_path: Path) -> None:
+    """numpy's arithmetic on the same integers."""
+    kind = linear.Kind(parts=4, bias=True)
+    data = layer(kind, 16, 24)
+    rows = np.random.default_rng(2).normal(size=(1, 9, 64)).astype(np.float32)
+    tensors = {
+        t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer
+    }
+    expected = np.zeros((9, 24))
+    for n in range(4):
+        part = rows[0, :, 16 * n : 16 * (n + 1)].astype(np.float64)
+        scale = np.abs(part).max(axis=1, keepdims=True) / 127
+        expected += np.rint(part / scale) * scale @ tensors[f"w{n}"].astype(np.float64)
+    expected = expected * tensors["scales"] + tensors["bias"]
+    np.testing.assert_allclose(run(data, rows, fused=False)[0], expected, rtol=1e-5, atol=1e-5)
