@@ -4,14 +4,10 @@
 // The matrix is cut into panels of 64 columns. A panel is brought into the order that the
 // instruction wants when its turn comes, which costs about a hundredth of the multiplication for
 // the hundreds of rows of a picture, so no second copy of the weights is kept.
-#include <immintrin.h>
-
-#include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
+#include "avx512.h"
 #include "linear.h"
 
 namespace edgevlm {
@@ -22,34 +18,13 @@ constexpr size_t kTile = 6;             // rows: 24 registers hold the sums
 constexpr size_t kBlock = 128 * kTile;  // rows of one task
 constexpr size_t kAhead = 2;            // panels
 constexpr size_t kRowsPerTask = 16;     // when rounding
-constexpr size_t kLine = 64;            // bytes
 constexpr float kLargest = 127;
 constexpr float kSmallestPeak = 1e-9F;  // an empty row would divide by 0
 constexpr int kZeroPoint = 128;
 
-// Memory of a thread, kept for its next call.
-class Scratch {
- public:
-  void* get(size_t n_bytes) {
-    if (n_bytes > size_) {
-      size_ = 0;
-      const size_t rounded = (n_bytes + kLine - 1) / kLine * kLine;
-      memory_.reset(std::aligned_alloc(kLine, rounded));
-      if (memory_ != nullptr) size_ = rounded;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0;
-};
-
 struct Job {
   const Linear& layer;
+  size_t part;    // values of a row that share a scale
   size_t padded;  // length of a part, rounded up to a multiple of 4
   size_t n_panels;
   size_t block;       // rows of one task
@@ -59,10 +34,6 @@ struct Job {
 
   size_t row_bytes() const { return layer.n_parts * padded; }
 };
-
-__mmask16 first16(size_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1U << n) - 1); }
-
-__mmask64 first64(size_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
 
 void quantize(const float* values, size_t n, size_t padded, uint8_t* integers, float* scale) {
   __m512 peaks = _mm512_set1_ps(kSmallestPeak);
@@ -83,9 +54,9 @@ void quantize(const float* values, size_t n, size_t padded, uint8_t* integers, f
 void quantize_some(void* data, size_t index) {
   Job& job = *static_cast<Job*>(data);
   const Linear& layer = job.layer;
-  const size_t end = std::min(layer.n_rows, (index + 1) * kRowsPerTask);
+  const size_t end = least(layer.n_rows, (index + 1) * kRowsPerTask);
   for (size_t i = index * kRowsPerTask * layer.n_parts; i < end * layer.n_parts; ++i) {
-    quantize(layer.rows + i * layer.part, layer.part, job.padded, job.integers + i * job.padded,
+    quantize(layer.rows + i * job.part, job.part, job.padded, job.integers + i * job.padded,
              job.row_scales + i);
   }
 }
@@ -97,7 +68,7 @@ void pack(const int8_t* weights, size_t stride, size_t part, size_t padded, __mm
   const __m512i zero_point = _mm512_set1_epi8(static_cast<char>(kZeroPoint));
   for (size_t k = 0; k < padded; k += 4) {
     __m512i row[4] = {};
-    for (size_t i = 0; i < std::min<size_t>(4, part - k); ++i) {
+    for (size_t i = 0; i < least(4, part - k); ++i) {
       row[i] = _mm512_maskz_loadu_epi8(columns, weights + (k + i) * stride);
     }
     const __m512i low01 = _mm512_unpacklo_epi8(row[0], row[1]);
@@ -124,19 +95,6 @@ void pack(const int8_t* weights, size_t stride, size_t part, size_t padded, __mm
   for (size_t j = 0; j < 4; ++j) _mm512_storeu_si512(sums + 16 * j, sum[j]);
 }
 
-__m512 exponential(__m512 x) {
-  const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)),
-                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // ln 2 in two parts, so that the difference is exact
-  __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375F), x);
-  rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4F), rest);
-  __m512 sum = _mm512_set1_ps(1.0F / 720);  // Taylor: |rest| ≤ ln 2 / 2, the error below 1e-7
-  for (const float inverse_factorial : {1.0F / 120, 1.0F / 24, 1.0F / 6, 0.5F, 1.0F, 1.0F}) {
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(inverse_factorial));
-  }
-  return _mm512_scalef_ps(sum, power);
-}
-
 __m512 activated(__m512 x, Activation activation, float alpha) {
   if (activation == Activation::kNone) return x;
   __m512 inner;
@@ -161,25 +119,22 @@ inline void add_products(__m512i& sum, __m512i rows, __m512i columns) {
 class Ahead {
  public:
   Ahead(const Linear& layer, size_t column, size_t n_steps)
-      : layer_(layer), column_(column), per_step_(layer.part * layer.n_parts / n_steps + 1) {}
+      : stride_(layer.n_out),
+        left_(column < layer.n_out ? layer.n_in : 0),
+        per_step_(layer.n_in / n_steps + 1),
+        next_(layer.weights + column) {}
 
   void step() {
-    if (column_ >= layer_.n_out) return;
-    for (size_t i = 0; i < per_step_ && part_ < layer_.n_parts; ++i) {
-      _mm_prefetch(layer_.weights[part_] + row_ * layer_.n_out + column_, _MM_HINT_T1);
-      if (++row_ == layer_.part) {
-        row_ = 0;
-        ++part_;
-      }
-    }
+    const size_t n = least(per_step_, left_);
+    for (size_t i = 0; i < n; ++i, next_ += stride_) _mm_prefetch(next_, _MM_HINT_T1);
+    left_ -= n;
   }
 
  private:
-  const Linear& layer_;
-  size_t column_;
+  size_t stride_;
+  size_t left_;  // rows of the matrix
   size_t per_step_;
-  size_t part_ = 0;
-  size_t row_ = 0;
+  const int8_t* next_;
 };
 
 struct Panel {
@@ -259,12 +214,12 @@ void multiply_some(void* data, size_t index) {
   auto* sums = reinterpret_cast<int32_t*>(packed + panel_bytes);
   const size_t first = index % job.n_panels * kPanel;
   for (size_t part = 0; part < layer.n_parts; ++part) {
-    pack(layer.weights[part] + first, layer.n_out, layer.part, job.padded,
+    pack(layer.weights + part * job.part * layer.n_out + first, layer.n_out, job.part, job.padded,
          first64(layer.n_out - first), packed + part * job.padded * kPanel, sums + part * kPanel);
   }
   const Panel panel = {packed, sums, first};
   size_t row = index / job.n_panels * job.block;
-  const size_t end = std::min(layer.n_rows, row + job.block);
+  const size_t end = least(layer.n_rows, row + job.block);
   Ahead ahead(layer, first + kAhead * kPanel, (end - row) / kTile + 1);
   for (; row + kTile <= end; row += kTile) {
     ahead.step();
@@ -296,13 +251,15 @@ void multiply_some(void* data, size_t index) {
 bool linear_avx512(const Linear& layer, Parallel& parallel) {
   if (layer.n_rows == 0) return true;
   static thread_local Scratch scratch;
-  const size_t padded = (layer.part + 3) / 4 * 4;
+  const size_t part = layer.n_in / layer.n_parts;
+  const size_t padded = rounded_up(part, 4);
   const size_t n_scales = layer.n_rows * layer.n_parts;
   auto* scales = static_cast<float*>(scratch.get(n_scales * (sizeof(float) + padded)));
   if (scales == nullptr) return false;
   const size_t n_blocks = (layer.n_rows + kBlock - 1) / kBlock;
   const size_t n_tiles = (layer.n_rows + kTile - 1) / kTile;
   Job job = {layer,
+             part,
              padded,
              (layer.n_out + kPanel - 1) / kPanel,
              (n_tiles + n_blocks - 1) / n_blocks * kTile,

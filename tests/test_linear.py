@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,28 +17,27 @@ from onnx import TensorProto, helper, numpy_helper
 from edgevlm import kernels
 
 KINDS = [
-    linear.Kind(parts, bias, activation)
-    for parts in (1, 4)
+    linear.Kind(1, bias, activation)
     for bias in (False, True)
     for activation in ("", *linear.ACTIVATIONS)
     if bias or activation != "FastGelu"
 ]
+SIZES = [(1, 4, 64), (5, 33, 100), (6, 64, 16), (7, 1, 1), (100, 130, 257), (800, 48, 65)]
 fused_here = pytest.mark.skipif(
     kernels.operators() is None, reason="this CPU runs ONNX Runtime's own operators"
 )
 
 
-def layer(kind: linear.Kind, part: int, n_out: int, seed: int = 0) -> bytes:
+def layer(kind: linear.Kind, n_in: int, n_out: int) -> bytes:
     """A model of one node; its weights reach the limits of int8."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     tensors = {
-        f"w{n}": rng.integers(-127, 128, (part, n_out)).astype(np.int8) for n in range(kind.parts)
+        "w": rng.integers(-127, 128, (n_in, n_out)).astype(np.int8),
+        "scales": rng.uniform(1e-4, 1e-3, n_out).astype(np.float32),
     }
-    tensors["scales"] = rng.uniform(1e-4, 1e-3, n_out).astype(np.float32)
     if kind.bias:
         tensors["bias"] = rng.normal(size=n_out).astype(np.float32)
     alpha = 1.702 if kind.activation == "QuickGelu" else None
-    n_in = part * kind.parts
     graph = helper.make_graph(
         [kind.node(["x", *tensors], "y", alpha)],
         "graph",
@@ -66,20 +65,20 @@ def run(model: bytes, rows: np.ndarray, *, fused: bool, threads: int = 2) -> np.
     return session.run(None, {"x": rows})[0]
 
 
-@fused_here
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize(
-    ("n_rows", "part", "n_out"),
-    [(1, 4, 64), (5, 33, 100), (6, 64, 16), (7, 1, 1), (100, 130, 257), (800, 48, 65)],
-)
-def test_the_fused_layer_equals_its_function(
-    kind: linear.Kind, n_rows: int, part: int, n_out: int
-) -> None:
-    rng = np.random.default_rng(1)
-    rows = rng.normal(size=(1, n_rows, part * kind.parts)).astype(np.float32)
+def some_rows(n_rows: int, n_in: int) -> np.ndarray:
+    rows = np.random.default_rng(1).normal(size=(1, n_rows, n_in)).astype(np.float32)
     rows[0, 0, 0] = 300  # an outlier
     rows[0, -1] = 0  # an empty row
-    model = layer(kind, part, n_out)
+    return rows
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("n_rows", "n_in", "n_out"), SIZES)
+def test_the_fused_layer_equals_its_function(
+    kind: linear.Kind, n_rows: int, n_in: int, n_out: int
+) -> None:
+    model, rows = layer(kind, n_in, n_out), some_rows(n_rows, n_in)
     expected = run(model, rows, fused=False)
     for threads in (1, 3):
         found = run(model, rows, fused=True, threads=threads)
@@ -87,6 +86,34 @@ def test_the_fused_layer_equals_its_function(
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         else:
             np.testing.assert_array_equal(found, expected)
+
+
+@fused_here
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("n_rows", "part", "n_out"), SIZES)
+def test_parts_of_a_row_are_layers_of_their_own(
+    kind: linear.Kind, n_rows: int, part: int, n_out: int
+) -> None:
+    """Four layers of one part each, added by numpy, then the bias and the activation."""
+    rows = some_rows(n_rows, 4 * part)
+    whole = onnx.load_from_string(layer(replace(kind, parts=4), 4 * part, n_out))
+    tensors = {t.name: numpy_helper.to_array(t) for t in whole.graph.initializer}
+    single = onnx.load_from_string(layer(linear.Kind(), part, n_out))
+    values = {t.name: t for t in single.graph.initializer}
+    values["scales"].CopyFrom(numpy_helper.from_array(tensors["scales"], "scales"))
+    expected = np.zeros((1, n_rows, n_out), np.float32)
+    for n in range(4):
+        own = slice(n * part, (n + 1) * part)
+        values["w"].CopyFrom(numpy_helper.from_array(tensors["w"][own], "w"))
+        expected += run(single.SerializeToString(), rows[..., own], fused=False)
+    expected += tensors.get("bias", np.float32(0))
+    if kind.activation:
+        inner = 1.702 * expected
+        if kind.activation == "FastGelu":
+            inner = 2 * np.sqrt(2 / np.pi) * (expected + 0.044715 * expected**3)
+        expected = expected / (1 + np.exp(-np.clip(inner, -80, None)))
+    found = run(whole.SerializeToString(), rows, fused=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @fused_here
@@ -137,18 +164,14 @@ def test_a_lower_cpu_tier_runs_onnx_runtimes_own_operators() -> None:
         assert said == (str(kernels.operators()) if best else "None")
 
 
-def test_without_the_library_the_function_takes_its_place(tmp_path: Path) -> None:
-    """numpy's arithmetic on the same integers."""
-    kind = linear.Kind(parts=4, bias=True)
-    data = layer(kind, 16, 24)
+def test_without_the_library_the_function_takes_its_place() -> None:
+    """numpy's arithmetic on the same integers; one scale a row, whatever the parts."""
+    data = layer(linear.Kind(parts=4, bias=True), 64, 24)
     rows = np.random.default_rng(2).normal(size=(1, 9, 64)).astype(np.float32)
-    tensors = {
-        t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer
-    }
-    expected = np.zeros((9, 24))
-    for n in range(4):
-        part = rows[0, :, 16 * n : 16 * (n + 1)].astype(np.float64)
-        scale = np.abs(part).max(axis=1, keepdims=True) / 127
-        expected += np.rint(part / scale) * scale @ tensors[f"w{n}"].astype(np.float64)
+    initializers = onnx.load_from_string(data).graph.initializer
+    tensors = {t.name: numpy_helper.to_array(t) for t in initializers}
+    values = rows[0].astype(np.float64)
+    scale = np.abs(values).max(axis=1, keepdims=True) / 127
+    expected = np.rint(values / scale) * scale @ tensors["w"].astype(np.float64)
     expected = expected * tensors["scales"] + tensors["bias"]
     np.testing.assert_allclose(run(data, rows, fused=False)[0], expected, rtol=1e-5, atol=1e-5)

@@ -49,11 +49,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--prefill",
     type=click.Choice(PREFILLS),
-    default="none",
+    default="int8",
     envvar="EDGEVLM_EXPORT_PREFILL",  # EDGEVLM_PREFILL says how a model is run
     show_envvar=True,
     show_default=True,
-    help="Add a copy of the language model that reads pictures faster; int8 as large as q8_0.",
+    help="A copy of the language model that reads pictures faster; int8 is as large as q8_0.",
 )
 @options.option(
     "--release", help="Of a family whose checkpoints do not say which release they are."

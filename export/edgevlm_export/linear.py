@@ -1,8 +1,8 @@
 """The int8 linear layer as a function of standard operators, one for each kind of layer.
 
 The runtime's library has a fused operator of the same name (kernels/operators.cpp) for CPUs on
-which that is faster; elsewhere ONNX Runtime puts the function's body in place of the node. Both
-give the same integers and the same order of rounding.
+which that is faster; elsewhere ONNX Runtime puts the function's body in place of the node. With
+one part both give the same integers and round in the same order.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ _SMALLEST_PEAK = 1e-9  # an empty row would divide by 0
 
 @dataclass(frozen=True)
 class Kind:
-    """One function: rows [.., in], weights [in / parts, out] of every part, scales [out] and,
-    where it has one, bias [out] → [.., out]. Each part of a row has a scale of its own."""
+    """One function: rows [.., in], weights [in, out], scales [out] and, where it has one, bias
+    [out] → [.., out]. Our operator gives each of `parts` equal parts of a row a scale of its own,
+    which costs it nothing; the body gives a row one, because ONNX Runtime would multiply as often
+    as there are parts."""
 
     parts: int = 1
     bias: bool = False
@@ -48,11 +50,10 @@ class Kind:
     def function(self) -> FunctionProto:
         body = _Body()
         body.write(self)
-        weights = [f"weights_{part}" for part in range(self.parts)]
         return helper.make_function(
             DOMAIN,
             self.name,
-            ["rows", *weights, "scales", *(["bias"] if self.bias else [])],
+            ["rows", "weights", "scales", *(["bias"] if self.bias else [])],
             ["out"],
             body.nodes,
             [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
@@ -65,15 +66,7 @@ class _Body:
         self.nodes: list[NodeProto] = []
 
     def write(self, kind: Kind) -> None:
-        names = [f"rows_{part}" for part in range(kind.parts)]
-        if kind.parts == 1:
-            names = ["rows"]
-        else:
-            self.nodes.append(helper.make_node("Split", ["rows"], names, axis=-1))
-        value = ""
-        for part, name in enumerate(names):
-            product = self._product(name, f"weights_{part}")
-            value = self.op("Add", value, product) if value else product
+        value = self._product("rows", "weights")
         if kind.bias:
             value = self.op("Add", value, "bias")
         if kind.activation:
@@ -105,7 +98,7 @@ class _Body:
         zero_point = self.constant([_ZERO_POINT], np.uint8)
         zero_points = self.op("Expand", zero_point, self.op("Shape", scales))
         shape = self.op("Shape", rows)
-        width = self.op("Shape", weights, start=0, end=1)
+        width = self.op("Shape", rows, start=-1)
         matrix = self.op("Concat", self.constant([-1], np.int64), width, axis=0)
         integers = self.op(
             "QuantizeLinear", self.op("Reshape", rows, matrix), scales, zero_points, axis=0

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgevlm.errors import BundleError
 
-from . import linear
+from . import attention, linear
 from .graph import Load, Model, Weight
 from .linear import CONTRIB
 
@@ -80,7 +80,7 @@ def int8(model: Model, keep_float: Collection[str] = (), *, parts: int = 1) -> M
         if output in last:
             rewriting.quantized(last[output], chosen[last[output]], output, parts)
         elif output not in joined:
-            rewriting.nodes.append(node)
+            rewriting.copied(node)
     weights = {n: weight for n, weight in model.weights.items() if n not in chosen}
     return rewriting.finish({**weights, **rewriting.weights}, model.outputs)
 
@@ -167,6 +167,7 @@ class _Rewriting:
         self.weights: dict[str, Weight] = {}
         self._model = model
         self._kinds: set[linear.Kind] = set()
+        self._attention: set[str] = set()
 
     def finish(self, weights: dict[str, Weight], outputs: tuple[onnx.ValueInfoProto, ...]) -> Model:
         return replace(
@@ -174,13 +175,23 @@ class _Rewriting:
             nodes=tuple(self.nodes),
             weights=weights,
             outputs=outputs,
-            functions=linear.functions(self._kinds),
+            functions=(
+                *linear.functions(self._kinds),
+                *(attention.function(name) for name in sorted(self._attention)),
+            ),
         )
 
     def op(self, kind: str, *inputs: str, output: str = "", **given: Any) -> str:
         output = output or f"int8_{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [output], output, **given))
         return output
+
+    def copied(self, node: onnx.NodeProto) -> None:
+        """The node as it is, or ours for it."""
+        ours = attention.replaced(node)
+        if ours is not None:
+            self._attention.add(ours.op_type)
+        self.nodes.append(node if ours is None else ours)
 
     def quantized(self, name: str, layer: _Layer, output: str, parts: int) -> None:
         """The layer of weight `name` in int8, its result under the name `output`."""
@@ -190,25 +201,17 @@ class _Rewriting:
             parts = 1
         kind = linear.Kind(parts, bool(layer.bias), layer.activation)
         self._kinds.add(kind)
-        scales = f"{name}.scale"
-        names = [f"{name}.int8" if parts == 1 else f"{name}.{part}.int8" for part in range(parts)]
-        length = n_in // parts
-        for part, part_name in enumerate(names):
-            rows = slice(part * length, (part + 1) * length)
-            self.weights[part_name] = Weight(
-                (length, n_out), np.dtype(np.int8), partial(_integers, weight.load, rows)
-            )
+        integers, scales = f"{name}.int8", f"{name}.scale"
+        self.weights[integers] = Weight(
+            (n_in, n_out), np.dtype(np.int8), lambda: _channels(weight.load)[0]
+        )
         self.weights[scales] = Weight(
             (n_out,), np.dtype(np.float32), lambda: _channels(weight.load)[1]
         )
-        inputs = [layer.nodes[0].input[0], *names, scales]
+        inputs = [layer.nodes[0].input[0], integers, scales]
         if layer.bias:
             inputs.append(layer.bias)
         self.nodes.append(kind.node(inputs, output, layer.alpha))
-
-
-def _integers(load: Load, rows: slice) -> npt.NDArray[np.int8]:
-    return _channels(load)[0][rows]
 
 
 def _channels(load: Load) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

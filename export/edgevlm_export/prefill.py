@@ -62,7 +62,7 @@ def graph(
     if language.arch not in _ARCHITECTURES:
         raise BundleError(
             f"no prefill graph is known for {language.arch} (known: {', '.join(_ARCHITECTURES)}): "
-            "export without it"
+            "export with --prefill none"
         )
     return _Decoder(language, half, bidirectional).build(hidden)
 

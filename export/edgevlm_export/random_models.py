@@ -56,6 +56,7 @@ def write(
     seed: int = SEED,
     language: str = "q4_k_m",
     vision: str = "int8",
+    prefill: str = "int8",
     progress: Progress | None = None,
 ) -> Path:
     """Write a bundle in the shape of `name`, one of NAMES; arguments as for `export`.
@@ -69,6 +70,7 @@ def write(
             out,
             language=language,
             vision=vision,
+            prefill=prefill,
             photos=None,
             progress=progress,
             origin={"id": f"random weights in the shape of {name}", "revision": f"seed {seed}"},

@@ -1,0 +1,114 @@
+// Attention as an operator: between all rows, or of each row to those before it.
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "attention.h"
+#include "operator.h"
+
+namespace edgevlm {
+namespace {
+
+// Inputs: queries float32 [batch, n, num_heads · width], keys and values float32
+// [batch, n, kv_num_heads · width]; CausalAttention has two more, int32, which say what `n` says
+// (ONNX Runtime's GroupQueryAttention wants them). Output: as queries.
+struct Operator : ort::CustomOp {
+  const char* name_text;
+  bool causal;
+};
+
+struct Kernel {
+  ort::Api* api;
+  int64_t n_heads;
+  int64_t n_kv_heads;
+  bool causal;
+};
+
+constexpr int64_t kWidest = 512;
+
+ort::Status* compute(void* state, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(state);
+  ort::Api* api = kernel.api;
+  Tensor queries, keys, values;
+  if (!read(api, context, 0, &queries) || !read(api, context, 1, &keys) ||
+      !read(api, context, 2, &values)) {
+    return failure(api, "edgevlm.Attention: an input cannot be read");
+  }
+  const int64_t width = queries.last() / kernel.n_heads;
+  bool fits = queries.n_axes == 3 && keys.n_axes == 3 && values.n_axes == 3 && width > 0 &&
+              width % 2 == 0 && width <= kWidest && queries.last() == width * kernel.n_heads &&
+              keys.last() == width * kernel.n_kv_heads;
+  for (size_t i = 0; i < 3 && fits; ++i) {
+    fits = keys.sizes[i] == values.sizes[i] && (i == 2 || keys.sizes[i] == queries.sizes[i]);
+  }
+  if (!fits) return failure(api, "edgevlm.Attention: sizes of queries, keys and values disagree");
+  ort::Value* output = nullptr;
+  void* out = nullptr;
+  if (ort::Status* status =
+          ort::GetOutput::call(api, context, 0, queries.sizes, queries.n_axes, &output)) {
+    return status;
+  }
+  if (ort::Status* status = ort::GetTensorMutableData::call(api, output, &out)) return status;
+  Attention attention = {};
+  attention.queries = static_cast<const float*>(queries.data);
+  attention.keys = static_cast<const float*>(keys.data);
+  attention.values = static_cast<const float*>(values.data);
+  attention.out = static_cast<float*>(out);
+  attention.n_batch = static_cast<size_t>(queries.sizes[0]);
+  attention.n = static_cast<size_t>(queries.sizes[1]);
+  attention.n_heads = static_cast<size_t>(kernel.n_heads);
+  attention.n_kv_heads = static_cast<size_t>(kernel.n_kv_heads);
+  attention.width = static_cast<size_t>(width);
+  attention.causal = kernel.causal;
+  ThreadPool pool(api, context);
+  return attention_avx512(attention, pool) ? nullptr
+                                           : failure(api, "edgevlm.Attention: out of memory");
+}
+
+ort::Status* create(const ort::CustomOp* custom, ort::Api* api, const ort::KernelInfo* info,
+                    void** made) {
+  const auto& op = *static_cast<const Operator*>(custom);
+  Kernel kernel = {api, 0, 0, op.causal};
+  if (ort::Status* status =
+          ort::GetIntegerAttribute::call(api, info, "num_heads", &kernel.n_heads)) {
+    return status;
+  }
+  kernel.n_kv_heads = kernel.n_heads;
+  if (op.causal) {
+    if (ort::Status* status =
+            ort::GetIntegerAttribute::call(api, info, "kv_num_heads", &kernel.n_kv_heads)) {
+      return status;
+    }
+  }
+  if (kernel.n_kv_heads < 1 || kernel.n_heads % kernel.n_kv_heads != 0) {
+    return failure(api, "edgevlm.Attention: heads of keys do not divide those of queries");
+  }
+  *made = new (std::nothrow) Kernel(kernel);
+  return *made != nullptr ? nullptr : failure(api, "edgevlm.Attention: out of memory");
+}
+
+Operator make(const char* name, bool causal) {
+  Operator op = {blank_operator(), name, causal};
+  op.name = [](const ort::CustomOp* self) { return static_cast<const Operator*>(self)->name_text; };
+  op.input_type = [](const ort::CustomOp*, size_t index) {
+    return index < 3 ? ort::kFloat : ort::kInt32;
+  };
+  op.input_count = [](const ort::CustomOp* self) {
+    return size_t{static_cast<const Operator*>(self)->causal ? 5U : 3U};
+  };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.create_kernel_v2 = create;
+  op.compute_v2 = compute;
+  return op;
+}
+
+}  // namespace
+
+ort::Status* add_attention(ort::Api* api, ort::CustomOpDomain* domain) {
+  static const Operator full = make("Attention", false);
+  static const Operator causal = make("CausalAttention", true);
+  if (ort::Status* status = ort::CustomOpDomainAdd::call(api, domain, &full)) return status;
+  return ort::CustomOpDomainAdd::call(api, domain, &causal);
+}
+
+}  // namespace edgevlm

@@ -1,0 +1,59 @@
+// What the AVX-512 kernels share. Everything is internal to the file that includes it: a function
+// compiled for AVX-512 and merged by the linker with a twin would crash a CPU that lacks it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <initializer_list>
+
+namespace edgevlm {
+namespace {
+
+constexpr size_t kLine = 64;  // bytes of a cache line and of a register
+
+inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+inline size_t rounded_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+inline __mmask16 first16(size_t n) {
+  return n >= 16 ? 0xffff : static_cast<__mmask16>((1U << n) - 1);
+}
+
+inline __mmask64 first64(size_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
+
+// Memory of a thread, kept for its next call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  void* get(size_t n_bytes) {
+    if (n_bytes > size_) {
+      std::free(memory_);
+      memory_ = std::aligned_alloc(kLine, rounded_up(n_bytes, kLine));
+      size_ = memory_ != nullptr ? n_bytes : 0;
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+inline __m512 exponential(__m512 x) {
+  const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // ln 2 in two parts, so that the difference is exact
+  __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375F), x);
+  rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4F), rest);
+  __m512 sum = _mm512_set1_ps(1.0F / 720);  // Taylor: |rest| ≤ ln 2 / 2, the error below 1e-7
+  for (const float inverse_factorial : {1.0F / 120, 1.0F / 24, 1.0F / 6, 0.5F, 1.0F, 1.0F}) {
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(inverse_factorial));
+  }
+  return _mm512_scalef_ps(sum, power);
+}
+
+}  // namespace
+}  // namespace edgevlm
