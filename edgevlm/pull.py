@@ -38,6 +38,11 @@ class Known:
         """Of the checkpoint, about."""
         return self.parameters * _VALUE_BYTES
 
+    def memory_bytes(self, language: str) -> int:
+        """To run it in its fastest way, about."""
+        needs = memory.of_checkpoint(self.parameters, language)
+        return memory.peak_bytes(needs, memory.ways(needs)[0])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -167,22 +172,23 @@ def pull(
         try:
             listing = fetch.look_up(source)
         except HubError:
-            checkpoint, commit = fetch.cached(source), ""
+            checkpoint = fetch.cached(source)
             if checkpoint is None:
                 raise
+            commit = checkpoint.name
             announce(f"edgevlm: the hub cannot be asked; taking {source} from {checkpoint}")
         else:
             needed = plan(listing, language)
             announce(f"edgevlm: {source}: {needed}")
             check(needed)
             checkpoint, commit = fetch.fetch(listing), listing.commit
-        origin = {"id": source.repository, "revision": commit or source.revision}
-        export(checkpoint, target, origin, _tokenizer(source))
+        origin = {"id": source.repository, "revision": commit}
+        export(checkpoint, target, origin, _tokenizer(fetch.Source(source.repository, commit)))
     return target
 
 
 def _tokenizer(source: fetch.Source) -> Path | None:
-    """The tokenizer.json that the catalogue names for a source."""
+    """The tokenizer.json that the catalogue names for a commit."""
     for known in catalogue():
         if known.source == source and known.tokenizer is not None:
             return fetch.fetch_one(known.tokenizer, "tokenizer.json")

@@ -64,7 +64,7 @@ def serving(directory: Path) -> Iterator[Hub]:
                 self._answer(hub.status if hub.status != 200 else 401, b"{}", {})
                 return
             path = self.path.split("?")[0]
-            if path == f"/api/models/{hub.repository}/revision/main":
+            if path in [f"/api/models/{hub.repository}/revision/{r}" for r in ("main", COMMIT)]:
                 body = json.dumps(hub.listing()).encode()
                 self._answer(200, body, {"Content-Type": "application/json"})
                 return

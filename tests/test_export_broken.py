@@ -16,6 +16,7 @@ import tiny
 import torch
 from edgevlm_export import bundle, export
 from safetensors.torch import load_file, save_file
+from tiny_moondream import moondream
 
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BundleError, UnknownFamily
@@ -69,10 +70,31 @@ def alter_text(checkpoint: Path, **changes: object) -> None:
 TOKEN = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False) | {"special": True}
 MLP = "language_model.model.layers.0.mlp.up_proj.weight"
 PROJECTOR = "multi_modal_projector.linear_2.weight"
+TOWER_BIAS = "vision_tower.encoder.layers.0.mlp.fc1.bias"
 BROKEN = {
     "missing tensor": (
         lambda c: change_tensor(c, PROJECTOR, None),
         r"multi_modal_projector\.linear_2\.weight is missing",
+    ),
+    "a tower that lacks a bias": (
+        lambda c: change_tensor(c, TOWER_BIAS, None),
+        r"layers\.0\.mlp\.fc1\.bias is missing",
+    ),
+    "a projector that lacks a bias": (
+        lambda c: change_tensor(c, PROJECTOR.replace("weight", "bias"), None),
+        r"linear_2\.bias is missing",
+    ),
+    "a projector with biases that the config denies": (
+        lambda c: edit(c / "config.json", multimodal_projector_bias=False),
+        r"linear_1\.bias is in .*config\.json belongs to another checkpoint",
+    ),
+    "biases that the config announces": (
+        lambda c: alter_text(c, attention_bias=True),
+        r"layers\.0\.self_attn\.q_proj\.bias is missing",
+    ),
+    "a bias that the config does not announce": (
+        lambda c: change_tensor(c, MLP, torch.zeros(96, 64), "layers.0.self_attn.q_proj.bias"),
+        r"layers\.0\.self_attn\.q_proj\.bias .* is not part of a model",
     ),
     "NaN": (
         lambda c: change_tensor(c, MLP, torch.full((96, 64), torch.nan)),
@@ -210,6 +232,14 @@ def test_broken_checkpoint_is_one_clear_line_and_leaves_nothing(case: str, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_language_model_that_lacks_a_bias_its_kind_always_has(tmp_path: Path) -> None:
+    tiny.llava(tmp_path / "in", text="qwen2")
+    bias = "language_model.model.layers.1.self_attn.k_proj.bias"
+    change_tensor(tmp_path / "in", bias, None)
+    with pytest.raises(BundleError, match=r"layers\.1\.self_attn\.k_proj\.bias is missing"):
+        export(tmp_path / "in", tmp_path / "out")
+
+
 def test_missing_shard(tmp_path: Path) -> None:
     tiny.llava(tmp_path / "in", shard="200KB")
     shard = sorted((tmp_path / "in").glob("*.safetensors"))[1]
@@ -241,6 +271,18 @@ def test_unknown_family_lists_what_is_known_and_what_was_seen(tmp_path: Path) ->
     with pytest.raises(UnknownFamily, match=r"'fuyu' is unknown; known: .*llava"):
         export(tmp_path / "in", tmp_path / "out", family="fuyu")
     export(tmp_path / "in", tmp_path / "out", family="llava")
+
+
+def test_a_choice_that_a_family_does_not_leave_open_is_refused(tmp_path: Path) -> None:
+    tiny.llava(tmp_path / "llava")
+    moondream(tmp_path / "moondream")
+    for name, choice in (
+        ("llava", {"release": "2025-06-21"}),
+        ("moondream", {"fit": "pad"}),
+        ("moondream", {"prompt": "vicuna"}),
+    ):
+        with pytest.raises(BundleError, match=f"^{next(iter(choice))}: this family"):
+            export(tmp_path / name, tmp_path / "out", **choice)
 
 
 def test_a_taken_directory_is_not_touched(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from edgevlm_export import export
@@ -17,6 +19,7 @@ from test_gaze import without_outliers
 from tiny_moondream import IDS, RELEASES, moondream, token_config, tokenizer
 
 import edgevlm
+from edgevlm import preprocess, vision
 from edgevlm.options import Options
 from edgevlm.prompt import Message
 
@@ -52,6 +55,27 @@ def test_embeddings_equal_the_reference(
     with opened(tmp_path) as vlm:
         embeddings = vlm.encode(photo).embeddings
     np.testing.assert_allclose(embeddings, expected.numpy(), atol=EMBEDDING_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("release", ["2024-05-20", "2025-06-21"])
+def test_a_picture_in_one_view_takes_half_of_the_projector(
+    tmp_path: Path, picture: Image.Image, release: str
+) -> None:
+    moondream(tmp_path / "checkpoint", release, seed=1)
+    with opened(tmp_path) as vlm:
+        family = vlm._family
+    model = onnx.load(tmp_path / "bundle" / "vision.onnx")
+    (of_map,) = (n for n in model.graph.node if "vision.proj_mlp.fc1.map.weight" in n.input)
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(of_map.input[0]))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for size, n_rows in (((60, 50), 1), ((900, 600), 25)):
+        photo = sized(picture, *size)
+        layout = family.layout(photo.height, photo.width)
+        patches = preprocess.patches(np.asarray(photo), layout, 1)
+        (inputs,) = vision.runs(patches, layout, family)
+        (apart,) = session.run(of_map.input[:1], inputs)
+        assert len(apart) == n_rows
+        assert apart.any() == (n_rows > 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

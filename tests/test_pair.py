@@ -145,6 +145,23 @@ def test_a_pair_answers_as_its_checkpoint(
     assert sections[0]["quantization"] == {"vision": "fp32", "language": "f32"}
 
 
+def test_a_pair_is_verified_against_its_checkpoint(
+    tmp_path: Path, picture: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, language, mmproj = pair(tmp_path, "clip", "llama")
+    (tmp_path / "in" / "chat_template.jinja").unlink()
+    bundle = export_pair(language, mmproj, tmp_path / "out", prompt="vicuna")
+    square = tmp_path / "square.png"
+    picture.resize((80, 80)).save(square)  # the checkpoint crops, the pair pads
+    capsys.readouterr()
+    arguments = [str(bundle), "--reference", str(tmp_path / "in"), "--photos", str(square)]
+    assert run(["verify", *arguments, "--json", "-t", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pixels_max_difference"] == 0
+    assert found["vision_fp32_max_error"] < 1e-4
+    assert found["greedy_tokens_equal"] == found["greedy_tokens"]
+
+
 @pytest.mark.parametrize("text", ["llama", "phi3", "qwen2"])
 def test_a_prefill_graph_is_made_of_the_language_file(
     tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, text: str

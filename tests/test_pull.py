@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -143,6 +144,20 @@ def test_the_token_is_sent(machine: Machine, hub: Hub) -> None:
     assert machine.pull(HF_TOKEN="secret")[0] == 0
 
 
+def test_a_commit_is_as_good_as_a_branch(machine: Machine, hub: Hub) -> None:
+    pull = ("models", "pull", f"tiny/model@{COMMIT}", "--llm", "q8_0", "--vision", "fp32")
+    assert machine.run(*pull)[0] == 0
+    bundle = open_bundle(machine.models / "model")
+    assert bundle.manifest["source"] == {"id": "tiny/model", "revision": COMMIT}
+    assert machine.run("models", "remove", "model")[0] == 0
+    asked = hub.requests
+    code, _, said = machine.run(*pull, HF_HUB_OFFLINE="1")
+    assert code == 0, said
+    bundle = open_bundle(machine.models / "model")
+    assert bundle.manifest["source"] == {"id": "tiny/model", "revision": COMMIT}
+    assert hub.requests == asked
+
+
 def test_offline_takes_what_is_there_and_says_what_is_not(machine: Machine, hub: Hub) -> None:
     code, said = machine.pull(HF_HUB_OFFLINE="1")
     assert code == 5 and "HF_HUB_OFFLINE forbids" in said
@@ -202,11 +217,11 @@ def test_a_known_model_brings_the_tokenizer_that_the_catalogue_names(
 ) -> None:
     entry = {
         "source": "tiny/model",
-        "revision": "main",
+        "revision": COMMIT,
         "licence": "mit",
         "summary": "",
         "parameters": 10**6,
-        "tokenizer": "tiny/model",
+        "tokenizer": f"tiny/model@{COMMIT}",
     }
     catalogue = tmp_path / "models.json"
     catalogue.write_text(json.dumps({"models": {"tiny": entry}}))
@@ -255,6 +270,8 @@ def _huge(needed: pull.Plan) -> pull.Plan:
 def test_the_catalogue_is_sound() -> None:
     for known in pull.catalogue():
         assert fetch.parse(str(known.source)) == known.source
+        for source in filter(None, (known.source, known.tokenizer)):
+            assert re.fullmatch("[0-9a-f]{40}", source.revision)  # a branch or a tag can move
         assert known.parameters > 10**8
         assert pull.find(known.name) == (known.name, known.source)
     assert pull.find("Org/Model@v1") == ("model", fetch.Source("Org/Model", "v1"))

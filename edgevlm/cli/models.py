@@ -9,6 +9,8 @@ import click
 from edgevlm.cli import options
 from edgevlm.cli.export import LANGUAGES, VISIONS, load_exporter
 
+_LLM = "q4_k_m"
+
 
 @click.group("models")
 def command() -> None:
@@ -37,9 +39,25 @@ def list_models() -> None:
 
 @command.command("pull")
 @click.argument("name")
-@options.option("--llm", type=click.Choice(LANGUAGES[1:]), default="q4_k_m", show_default=True)
-@options.option("--vision", type=click.Choice(VISIONS), default="int8", show_default=True)
-@options.option("--tokenizer", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@options.option(
+    "--llm",
+    type=click.Choice(LANGUAGES[1:], case_sensitive=False),
+    default=_LLM,
+    show_default=True,
+    help="Format of the language model.",
+)
+@options.option(
+    "--vision",
+    type=click.Choice(VISIONS),
+    default="int8",
+    show_default=True,
+    help="Format of the vision model.",
+)
+@options.option(
+    "--tokenizer",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A tokenizer.json instead of the checkpoint's own.",
+)
 @options.option("--prompt", help="The language model's template, where the checkpoint names none.")
 @options.option("-q", "--quiet", is_flag=True, help="No plan and no progress bars.")
 def pull_model(
@@ -95,6 +113,7 @@ def info(context: click.Context, /, name: str) -> None:
         "source": str(model.source),
         "licence": model.licence,
         "size": f"{model.parameters / 1e9:.2f} billion parameters, {model.n_bytes / 1e9:.1f} GB",
+        "memory": f"about {model.memory_bytes(_LLM) / 1e9:.1f} GB to run, as {_LLM}",
         "here": f"no: edgevlm models pull {name}",
     }.items():
         click.echo(f"{key + ':':<10}{value}")

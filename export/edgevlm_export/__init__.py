@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .families import Arrays, Parts
+    from .families import Arrays, Options, Parts
     from .gguf import Language
     from .graph import Graph
 
@@ -119,7 +119,7 @@ def export(
             "n_embd": parts.language.n_embd,
             "n_ctx": bundle.context(parts.language.n_ctx),
             "quantization": _kinds(vision, language, prefill),
-            "options": {k: v for k, v in vars(options).items() if v is not None},
+            "options": _chosen(options),
         }
         _write_vision(parts.vision, directory, manifest, photos, budget, report)
         bundle.seal(directory, manifest)
@@ -151,7 +151,7 @@ def export_pair(
     """
     from edgevlm.device import thread_budget
 
-    from . import bundle, pair
+    from . import bundle, families, pair
 
     _check(language="f16", vision=vision, prefill=prefill, imatrix=None)
     report: Progress = progress or (lambda what, done, total: None)
@@ -170,6 +170,7 @@ def export_pair(
             "source": {"id": planned.files.name, "revision": ""},
             **planned.manifest,
             "quantization": _kinds(vision, planned.files.quantization, prefill),
+            "options": _chosen(families.Options(prompt, fit, release)),
         }
         _write_vision(planned.vision, directory, manifest, photos, thread_budget(threads), report)
         bundle.seal(directory, manifest)
@@ -239,6 +240,11 @@ def _write_prefill(
         bidirectional=bool(image.get("bidirectional_tokens")),
         progress=partial(report, f"prefill {kind}"),
     )  # fmt: skip
+
+
+def _chosen(options: Options) -> dict[str, str]:
+    """The section `options` of bundle.json: what the caller decided."""
+    return {name: value for name, value in vars(options).items() if value is not None}
 
 
 def _kinds(vision: str, language: str, prefill: str) -> dict[str, str]:

@@ -87,14 +87,16 @@ def graph(checkpoint: Checkpoint, tower: Tower, *, averages: bool, first_row: in
     if averages:
         pixels = _with_average(built, tower, pixels)
     features = _features(built, checkpoint, tower, pixels)  # [crops, n_patches, width]
+    name, widths = "vision.proj_mlp.fc1", (tower.width, tower.projector_width)
     if tower.pooled:
-        features = _whole_and_pooled(built, tower, features)  # [1, n_patches, 2 · width]
-    read = tower.width * (2 if tower.pooled else 1)
-    widths = (read, tower.projector_width)
-    value = _linear(built, checkpoint, "vision.proj_mlp.fc1", features, widths)
+        value = _linear_of_two(
+            built, checkpoint, name, *_whole_and_pooled(built, tower, features), widths
+        )
+    else:
+        value = linear(built, checkpoint, name, features, widths)
     value = built.activation(value, "gelu_pytorch_tanh")
     widths = (tower.projector_width, tower.n_embd)
-    value = _linear(built, checkpoint, "vision.proj_mlp.fc2", value, widths)
+    value = linear(built, checkpoint, "vision.proj_mlp.fc2", value, widths)
     if first_row is not None:
         shape = (1, 1, tower.n_embd)
         row = built.weight("bos", shape, lambda: checkpoint.get("text.wte")[[first_row]][None])
@@ -128,14 +130,6 @@ def _features(graph: Graph, weights: Checkpoint, tower: Tower, pixels: str) -> s
     return graph.layer_norm(value, weights, "vision.post_ln", width, _EPS)
 
 
-def _linear(
-    graph: Graph, weights: Checkpoint, name: str, value: str, shape: tuple[int, int]
-) -> str:
-    """A linear layer [in, out] of this tower, none of which is without a bias."""
-    weights.expect(f"{name}.bias", shape[1])
-    return linear(graph, weights, name, value, shape)
-
-
 def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: str) -> str:
     width, ff_width, n_heads = tower.width, tower.ff_width, tower.n_heads
     weights.expect(f"{name}.attn.qkv.weight", 3 * width, width)
@@ -153,14 +147,16 @@ def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: st
     mixed = attention(graph, normed, f"{name}.attn", width, n_heads, read)
     value = graph.op("Add", value, mixed)
     normed = graph.layer_norm(value, weights, f"{name}.ln2", width, _EPS)
-    inner = _linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
+    inner = linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
     inner = graph.activation(inner, "gelu_pytorch_tanh")
-    inner = _linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
+    inner = linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
     return graph.op("Add", value, inner)
 
 
-def _whole_and_pooled(graph: Graph, tower: Tower, features: str) -> str:
-    """The first crop's features beside the average of all others, stitched to one map.
+def _whole_and_pooled(graph: Graph, tower: Tower, features: str) -> tuple[str, str]:
+    """The first crop's features, float32 [n_patches, width], and how far the average of all others,
+    stitched to one map, is from them: [n_patches, width], or [1, width] for a picture in one view,
+    which is its own map: zeros.
 
     Averaging a grid cell is separable: one MatMul over the rows, one over the columns.
     """
@@ -176,8 +172,36 @@ def _whole_and_pooled(graph: Graph, tower: Tower, features: str) -> str:
     pooled = graph.op("MatMul", pooled, pool_columns)  # [width, grid, grid]
     pooled = graph.op("Reshape", pooled, graph.constant([width, grid**2], np.int64))
     pooled = graph.op("Transpose", pooled, perm=[1, 0])
-    both = graph.op("Concat", whole, pooled, axis=-1)
-    return graph.op("Unsqueeze", both, graph.constant([0], np.int64))
+    zero, one, all_of_them = (graph.constant([n], np.int64) for n in (0, 1, grid**2))
+    n_crops = graph.op("Slice", graph.op("Shape", features), zero, one)
+    n_rows = graph.op("Where", graph.op("Equal", n_crops, one), one, all_of_them)
+    return whole, graph.op("Slice", graph.op("Sub", pooled, whole), zero, n_rows, zero)
+
+
+def _linear_of_two(
+    graph: Graph, weights: Checkpoint, name: str, whole: str, apart: str, widths: tuple[int, int]
+) -> str:
+    """A layer [2 · in, out] that reads the whole view beside the map: float32 [1, n_patches, out].
+
+    W · [whole; map] = (W_whole + W_map) · whole + W_map · (map - whole): half the work where the
+    two are the same, and no weights but the layer's own.
+    """
+    n_in, n_out = widths
+    weight = weights.expect(f"{name}.weight", n_out, 2 * n_in)
+    bias = weights.expect(f"{name}.bias", n_out)
+
+    def of_map() -> Array:
+        matrix: Array = weights.get(weight).T[n_in:]
+        return matrix
+
+    def of_both() -> Array:
+        stored = weights.get(weight).T
+        matrix: Array = stored[:n_in] + stored[n_in:]
+        return matrix
+
+    value = graph.linear(whole, name, widths, of_both, lambda: weights.get(bias))
+    value = graph.op("Add", value, graph.linear(apart, f"{name}.map", widths, of_map, None))
+    return graph.op("Unsqueeze", value, graph.constant([0], np.int64))
 
 
 def _with_average(graph: Graph, tower: Tower, pixels: str) -> str:

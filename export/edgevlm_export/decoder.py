@@ -7,7 +7,6 @@ understood, and tensors that nothing reads, are refused.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ _KINDS: Kinds = {
     "rope_scaling": dict,
     "rope_theta": NUMBER,
     "partial_rotary_factor": NUMBER,
+    "attention_bias": bool,
+    "mlp_bias": bool,
 }
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # The reference's defaults, which older configs leave out
@@ -176,7 +177,7 @@ def plan(
     layer_tensors = _phi3_layer if arch == "phi3" else _llama_layer
     for layer in range(text["num_hidden_layers"]):
         tensors += layer_tensors(checkpoint, text, layer)
-    _refuse_leftovers(checkpoint, text["num_hidden_layers"])
+    _refuse_leftovers(checkpoint, tensors, text["num_hidden_layers"])
     return Language(arch, text, vocabulary, eos_id, tuple(tensors))
 
 
@@ -208,15 +209,31 @@ def _llama_layer(checkpoint: Checkpoint, text: dict[str, Any], layer: int) -> li
         ("mlp.down_proj", "ffn_down"): (n_embd, n_ff),
     }
     tensors = _norms(checkpoint, n_embd, layer)
+    biased = _biased(text)
     for (source, target), shape in shapes.items():
         heads = {"attn_q": n_heads, "attn_k": n_kv}.get(target) if interleaves else None
         stem = f"language_model.layers.{layer}.{source}"
         tensor = _plain(checkpoint, f"{stem}.weight", f"blk.{layer}.{target}.weight", *shape)
         tensors.append(_interleaved(tensor, heads) if heads else tensor)
-        if f"{stem}.bias" in checkpoint:
+        if source in biased:
             tensor = _plain(checkpoint, f"{stem}.bias", f"blk.{layer}.{target}.bias", shape[0])
             tensors.append(_interleaved(tensor, heads) if heads else tensor)
     return tensors
+
+
+def _biased(text: Config) -> tuple[str, ...]:
+    """The linear layers of a block that have a bias, as transformers' model class decides."""
+    attention = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+    mlp = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+    kind = text.get("model_type", "llama")
+    if kind == "qwen2":
+        return attention[:3]
+    if kind != "llama":
+        return ()
+    return (
+        *(attention if text.get("attention_bias") else ()),
+        *(mlp if text.get("mlp_bias") else ()),
+    )
 
 
 def _phi3_layer(checkpoint: Checkpoint, text: dict[str, Any], layer: int) -> list[Tensor]:
@@ -285,18 +302,13 @@ def _rope_factors(text: dict[str, Any]) -> list[Tensor]:
     return [Tensor("rope_freqs.weight", (n_pairs,), lambda: divisors)]
 
 
-def _refuse_leftovers(checkpoint: Checkpoint, n_layers: int) -> None:
+def _refuse_leftovers(checkpoint: Checkpoint, tensors: list[Tensor], n_layers: int) -> None:
     """A tensor that no rule above reads would be arithmetic silently left out."""
-    known = re.compile(
-        r"embed_tokens\.weight|norm\.weight|layers\.(?P<layer>\d+)\."
-        r"((input|post_attention)_layernorm\.weight|self_attn\.rotary_emb\.inv_freq"
-        r"|self_attn\.(q|k|v|o|qkv)_proj\.(weight|bias)|mlp\.(gate|up|down|gate_up)_proj\.(weight|bias))"
-    )
+    read = {tensor.source for tensor in tensors}
     for name in checkpoint.names:
-        if not name.startswith("language_model."):
+        if not name.startswith("language_model.") or name.endswith(".rotary_emb.inv_freq"):
             continue
-        match = known.fullmatch(name.removeprefix("language_model."))
-        if match is None or int(match["layer"] or 0) >= n_layers:
+        if name not in read:
             raise BundleError(
                 f"{name} in {checkpoint.directory} is not part of a model of {n_layers} layers "
                 "that this exporter knows"

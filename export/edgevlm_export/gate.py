@@ -129,7 +129,8 @@ class Gate:
         damage = np.zeros(len(self._layers))
         for patches, layout in self._inputs:
             for inputs in vision.runs(patches, layout, self._family):
-                damage = np.maximum(damage, session.run(inputs, Cancel()))
+                # NaN: a layer that reads nothing but zeros moves nothing
+                damage = np.fmax(damage, session.run(inputs, Cancel()))
         return [self._layers[i] for i in np.argsort(-damage)]
 
     def _embed(self, model: Model) -> list[Embeddings]:

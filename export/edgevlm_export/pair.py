@@ -22,7 +22,7 @@ from edgevlm.errors import BundleError
 
 from . import bundle, language_file, processor, prompts
 from .checkpoint import Checkpoint
-from .families import Arrays, llava, llava_next
+from .families import NO_RELEASES, Arrays, Options, llava, llava_next, moondream
 from .gguf import Language
 from .graph import Graph
 from .language_file import File
@@ -43,6 +43,7 @@ _NAMES = {  # the converter shortens transformers' names; ffn_up and ffn_down se
     r"mm\.2\.(\w+)": r"multi_modal_projector.linear_2.\1",
     r"(model\.|v\.)?image_newline": "image_newline",
 }
+_PROJECTOR_BIASES = ("multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_2.bias")
 _IMAGE = "<image>"
 _CLIP_L_WIDTH, _CLIP_L_LAYERS = 1024, 24
 
@@ -163,10 +164,13 @@ def plan(
     model: Path, mmproj: Path, prompt: str | None, fit: str | None, release: str | None
 ) -> Planned:
     """All of the bundle but the language file, planned before anything is written."""
+    options = Options(prompt, fit, release)
     if "v.post_ln.weight" in File(mmproj).tensors:  # the norm behind the last layer
         from . import pair_moondream
 
+        options.refuse(**moondream.OWN_WAYS)
         return pair_moondream.plan(model, mmproj, release)
+    options.refuse(release=NO_RELEASES)
     pair = Pair(model, mmproj)
     vocabulary = pair.vocabulary()
     template = prompts.choose(pair, vocabulary, prompt)
@@ -273,6 +277,7 @@ def _config(mmproj: File, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
         "vision_feature_layer": layers,
         "vision_feature_select_strategy": "default" if cls else "full",
         "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": any(name in tensors for name in _PROJECTOR_BIASES),
         # stored flat, width before height
         "image_grid_pinpoints": [[h, w] for w, h in zip(sides[::2], sides[1::2], strict=True)],
         "vision_config": {

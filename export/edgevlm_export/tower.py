@@ -131,13 +131,20 @@ def drop_first_row(graph: Graph, value: str) -> str:
 
 
 def projector(
-    graph: Graph, weights: Checkpoint, value: str, widths: tuple[int, int], activation: str
+    graph: Graph,
+    weights: Checkpoint,
+    value: str,
+    widths: tuple[int, int],
+    activation: str,
+    *,
+    bias: bool,
 ) -> str:
-    """LLaVA's two linear layers, `widths` = in, out; biases where the checkpoint has them."""
+    """LLaVA's two linear layers, `widths` = in, out."""
     n_in, n_out = widths
-    value = linear(graph, weights, "multi_modal_projector.linear_1", value, (n_in, n_out))
+    name = "multi_modal_projector.linear_"
+    value = linear(graph, weights, f"{name}1", value, (n_in, n_out), bias=bias)
     value = graph.activation(value, activation)
-    return linear(graph, weights, "multi_modal_projector.linear_2", value, (n_out, n_out))
+    return linear(graph, weights, f"{name}2", value, (n_out, n_out), bias=bias)
 
 
 def _embed(
@@ -248,13 +255,27 @@ def attention(
     return part("out", mixed, out_bias)
 
 
-def linear(graph: Graph, weights: Checkpoint, name: str, value: str, shape: tuple[int, int]) -> str:
-    """One torch Linear, stored [out, in]; `shape` is [in, out]."""
+def linear(
+    graph: Graph,
+    weights: Checkpoint,
+    name: str,
+    value: str,
+    shape: tuple[int, int],
+    *,
+    bias: bool = True,
+) -> str:
+    """One torch Linear, stored [out, in]; `shape` is [in, out], `bias` says if the reference's has
+    one: a checkpoint that lacks it or brings another is not the model it says it is."""
     n_in, n_out = shape
-    weight = weights.expect(f"{name}.weight", n_out, n_in)
-    bias = f"{name}.bias"
-    has_bias = bias in weights and bool(weights.expect(bias, n_out))
+    weight, added = weights.expect(f"{name}.weight", n_out, n_in), f"{name}.bias"
+    if not bias and added in weights:
+        raise BundleError(
+            f"{added} is in {weights.directory}, but this model has no such bias: config.json "
+            "belongs to another checkpoint"
+        )
+    if bias:
+        weights.expect(added, n_out)
     return graph.linear(
         value, name, shape, lambda: weights.get(weight).T,
-        (lambda: weights.get(bias)) if has_bias else None,
+        (lambda: weights.get(added)) if bias else None,
     )  # fmt: skip

@@ -152,7 +152,9 @@ def _embeddings(
     exporter: str | None = None,
 ) -> list[Floats]:
     """What the graph gives in fp32, whatever format the bundle keeps it in."""
-    checkpoint = Checkpoint(reference, bundle.file("tokenizer.json"))
+    # what a GGUF pair became has none
+    tokenizer = bundle.file("tokenizer.json") if bundle.has("tokenizer.json") else None
+    checkpoint = Checkpoint(reference, tokenizer)
     _, module = find(checkpoint, bundle.manifest["family"])
     options = _as_exported(bundle)
     graph = module.parts(checkpoint, replace(options, exporter=exporter or options.exporter)).vision

@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..gguf import Language
 from ..graph import Graph, Load
 
+NO_RELEASES = "this family has no releases that the checkpoint would not tell"
 Arrays: TypeAlias = Mapping[str, Load]  # what an .npz file holds, read when it is written
 
 
@@ -29,6 +30,12 @@ class Options:
     fit: str | None = None  # a name in processor.FITS
     release: str | None = None  # of families that have several
     exporter: str | None = None  # in EXPORTERS, where graph.py does not write the tower
+
+    def refuse(self, **reasons: str) -> None:
+        """BundleError if the caller decided one of these, which the family leaves to nobody."""
+        for name, reason in reasons.items():
+            if getattr(self, name) is not None:
+                raise BundleError(f"{name}: {reason}")
 
 
 @dataclass(frozen=True)

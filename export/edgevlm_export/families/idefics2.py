@@ -18,7 +18,7 @@ from edgevlm.errors import BundleError
 from .. import backbone, processor, tower
 from ..checkpoint import NUMBER, Checkpoint, Config, Kinds, section, whole_number
 from ..graph import Graph
-from . import Options, Parts, idefics3
+from . import NO_RELEASES, Options, Parts, idefics3
 
 _KINDS: Kinds = {
     "text_config": dict,
@@ -59,8 +59,9 @@ def parts(checkpoint: Checkpoint, options: Options) -> Parts:
     checkpoint.rename(idefics3.canonical)
     where = checkpoint.directory / "config.json"
     root = section(checkpoint.config, _KINDS, where)
-    if options.fit is not None:
-        raise BundleError("fit: this family cuts pictures into quarters; it has no other way")
+    options.refuse(
+        fit="this family cuts pictures into quarters; it has no other way", release=NO_RELEASES
+    )
     root["text_config"] = {"model_type": "mistral", **root.get("text_config", {})}
     text = backbone.read(checkpoint, root, options.prompt)
     kinds: Kinds = {"hidden_act": str, "layer_norm_eps": NUMBER}
@@ -201,10 +202,10 @@ def _gated(
 ) -> str:
     """down(act(gate(x)) · up(x))"""
     n_in, n_ff, n_out = widths
-    gate = tower.linear(graph, weights, f"{name}.gate_proj", value, (n_in, n_ff))
-    up = tower.linear(graph, weights, f"{name}.up_proj", value, (n_in, n_ff))
+    gate = tower.linear(graph, weights, f"{name}.gate_proj", value, (n_in, n_ff), bias=False)
+    up = tower.linear(graph, weights, f"{name}.up_proj", value, (n_in, n_ff), bias=False)
     value = graph.op("Mul", graph.activation(gate, activation), up)
-    return tower.linear(graph, weights, f"{name}.down_proj", value, (n_ff, n_out))
+    return tower.linear(graph, weights, f"{name}.down_proj", value, (n_ff, n_out), bias=False)
 
 
 def _resample(graph: Graph, weights: Checkpoint, r: _Resampler, context: str) -> str:
@@ -233,7 +234,9 @@ def _cross_attention(
 
     def heads(part: str, value: str, shared: int, perm: list[int]) -> str:
         width = r.n_kv * shared * r.head
-        value = tower.linear(graph, weights, f"{name}.{part}_proj", value, (r.width, width))
+        value = tower.linear(
+            graph, weights, f"{name}.{part}_proj", value, (r.width, width), bias=False
+        )
         shape = graph.constant([0, 0, r.n_kv, shared, r.head], np.int64)  # 0 keeps that axis
         return graph.op("Transpose", graph.op("Reshape", value, shape), perm=perm)
 
@@ -244,4 +247,4 @@ def _cross_attention(
     scores = graph.op("Softmax", graph.op("MatMul", q, k), axis=-1)
     mixed = graph.op("Transpose", graph.op("MatMul", scores, v), perm=[0, 3, 1, 2, 4])
     mixed = graph.op("Reshape", mixed, graph.constant([0, 0, inner], np.int64))
-    return tower.linear(graph, weights, f"{name}.o_proj", mixed, (inner, r.width))
+    return tower.linear(graph, weights, f"{name}.o_proj", mixed, (inner, r.width), bias=False)

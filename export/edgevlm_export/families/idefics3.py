@@ -16,7 +16,7 @@ from edgevlm.positions import positions
 from .. import backbone, processor, tower
 from ..checkpoint import NUMBER, Checkpoint, Config, Kinds, section, whole_number
 from ..graph import Graph
-from . import Options, Parts
+from . import NO_RELEASES, Options, Parts
 
 _ARCHITECTURES = {"Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"}
 _PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
@@ -47,8 +47,9 @@ def parts(checkpoint: Checkpoint, options: Options) -> Parts:
     checkpoint.rename(canonical)
     where = checkpoint.directory / "config.json"
     root = section(checkpoint.config, _KINDS, where)
-    if options.fit is not None:
-        raise BundleError("fit: this family cuts pictures into tiles; it has no other way")
+    options.refuse(
+        fit="this family cuts pictures into tiles; it has no other way", release=NO_RELEASES
+    )
     text = backbone.read(checkpoint, root, options.prompt)
     kinds: Kinds = {"hidden_act": str, "layer_norm_eps": NUMBER}
     vision = {**_VISION, **section(root.get("vision_config", {}), kinds, where)}
@@ -134,7 +135,8 @@ def _vision(
     value = graph.layer_norm(value, checkpoint, norm, shape.width, shape.eps)
     value = _pixel_shuffle(graph, value, side, shape.width, factor)
     widths = (shape.width * factor**2, n_embd)
-    value = tower.linear(graph, checkpoint, "connector.modality_projection.proj", value, widths)
+    name = "connector.modality_projection.proj"
+    value = tower.linear(graph, checkpoint, name, value, widths, bias=False)
     n_tokens = (side // factor) ** 2
     graph.output(value, n_tokens, n_embd)
     return graph, n_tokens

@@ -15,7 +15,7 @@ from edgevlm.errors import BundleError
 from .. import backbone, original, processor, tower, visionzip
 from ..checkpoint import NUMBER, Checkpoint, Config, Kinds, section
 from ..graph import Graph
-from . import Options, Parts
+from . import NO_RELEASES, Options, Parts
 
 if TYPE_CHECKING:
     from ..optimum import Tower as Traced
@@ -53,6 +53,7 @@ KINDS: Kinds = {
     "image_token_index": int,
     "image_token_id": int,
     "projector_hidden_act": str,
+    "multimodal_projector_bias": bool,
 }
 
 
@@ -66,6 +67,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 
 def parts(checkpoint: Checkpoint, options: Options) -> Parts:
+    options.refuse(release=NO_RELEASES)
     if not original.matches(checkpoint):
         checkpoint.rename(canonical)
         return _parts(checkpoint, options)
@@ -187,7 +189,8 @@ def vision(
         value = selected()
     widths = (width * len(layers), n_embd)
     activation = root.get("projector_hidden_act", "gelu")
-    embeddings = tower.projector(graph, checkpoint, value, widths, activation)
+    bias: bool = root.get("multimodal_projector_bias", True)
+    embeddings = tower.projector(graph, checkpoint, value, widths, activation, bias=bias)
     graph.output(embeddings, "tokens" if shortens else n_tokens, n_embd)
     return graph, n_tokens
 

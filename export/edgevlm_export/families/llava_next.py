@@ -13,7 +13,7 @@ from edgevlm.errors import BundleError
 
 from .. import backbone, original, processor
 from ..checkpoint import Checkpoint, Config, section
-from . import Arrays, Options, Parts, llava
+from . import NO_RELEASES, Arrays, Options, Parts, llava
 
 _PROCESSOR = "LlavaNextImageProcessor"
 # transformers' LlavaNextConfig, (height, width) in px
@@ -38,8 +38,9 @@ def parts(checkpoint: Checkpoint, options: Options) -> Parts:
     checkpoint.rename(original.canonical if own else llava.canonical)
     where = checkpoint.directory / "config.json"
     root = section(checkpoint.config, llava.KINDS, where)
-    if options.fit is not None:
-        raise BundleError("fit: this family cuts pictures into tiles; it has no other way")
+    options.refuse(
+        fit="this family cuts pictures into tiles; it has no other way", release=NO_RELEASES
+    )
     text = backbone.read(checkpoint, root, options.prompt or root.get("prompt"))
     shape = llava.tower_of(checkpoint, options.exporter)
     config, file, kind = processor.stored(checkpoint, original.PROCESSORS if own else (_PROCESSOR,))

@@ -19,6 +19,10 @@ from ..graph import Array, Load
 from ..releases import GRID, LINEAR_SIZES, LOG_SIZES, ONE_CROP, RELEASES, STARMIE
 from . import Options, Parts
 
+OWN_WAYS = {  # what the caller does not decide
+    "fit": "this family stretches pictures; it has no other way",
+    "prompt": "this family's prompts go by its release",
+}
 _OLD_NAMES = (  # moondream/torch/weights.py; the first that fits
     (r"text_model\.transformer\.embd\.wte\.weight", "text.wte"),
     (r"text_model\.transformer\.h\.(\d+)\.mixer\.Wqkv\.", r"text.blocks.\1.attn.qkv."),
@@ -56,6 +60,7 @@ def matches(checkpoint: Checkpoint) -> bool:
 
 
 def parts(checkpoint: Checkpoint, options: Options) -> Parts:
+    options.refuse(**OWN_WAYS)
     early_region = "region_model.position_encoder.weight" in checkpoint
     checkpoint.rename(lambda name: canonical(name, early_region))
     _refuse_unknown(checkpoint)
