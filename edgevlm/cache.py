@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm import paths
+from edgevlm.memory import EMBEDDINGS_BYTES
 
-_MEMORY_BYTES = 64 << 20
 _REVISION = 1  # raise it when the same file and layout give other patches or embeddings
 _HEADER = struct.Struct("<8sII32s")  # magic, n_tokens, n_embd, SHA-256 of what follows
 _MAGIC = b"EDGEVLM1"
@@ -77,7 +77,7 @@ class Cache:
         with self._lock:
             self._memory[key] = made
             n_bytes = sum(held.embeddings.nbytes for held in self._memory.values())
-            while n_bytes > _MEMORY_BYTES:
+            while n_bytes > EMBEDDINGS_BYTES:
                 n_bytes -= self._memory.popitem(last=False)[1].embeddings.nbytes
 
 

@@ -49,7 +49,9 @@ class Cancel:
             yield
         finally:
             timer.cancel()
-            timer.join()  # one that fires late would stop the next call
+            timer.join()  # one that fires late would stop what comes next
+            if self._expired:
+                self.flag.clear()
             self._expired = False
 
     def _expire(self) -> None:

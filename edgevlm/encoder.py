@@ -109,7 +109,7 @@ class Encoder:
                 f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
                 "(bundle.json): export both again"
             )
-        kernels.trim()  # opening leaves holes of a third of the weights
+        kernels.trim()  # opening leaves holes
         return session
 
     def release(self) -> None:

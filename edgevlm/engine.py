@@ -22,6 +22,7 @@ from edgevlm import (
     device,
     families,
     gaze,
+    kernels,
     many,
     placement,
     plan,
@@ -87,6 +88,7 @@ class VLM:
         self._family = families.find(bundle, settings.detail, settings.visual_tokens)
         self.plan = plan.make(bundle, settings)
         self._cancel = Cancel()
+        kernels.return_large_blocks()
         with ThreadPoolExecutor(1) as other:  # each library loads on one core, without the GIL
             encoder = other.submit(
                 Encoder,
@@ -179,7 +181,8 @@ class VLM:
     ) -> Iterator[Outcome]:
         """Describe any number of pictures, `parallel` at a time; far faster than one by one.
 
-        Pictures are taken as they are needed, and memory does not grow with their number. A
+        Pictures are taken as they are needed, and memory does not grow with their number. With
+        `budget_s` each has that time to itself, and they are answered one after the other. A
         picture that cannot be read, or an answer that cannot be finished, is an `Outcome` with
         its error, and the others go on. Outcomes come in the order of the pictures, or
         (`ordered=False`) as they are made.
@@ -340,8 +343,6 @@ class VLM:
         _check([message])
         if parallel < 1:
             raise ValueError(f"parallel is {parallel}; it must be 1 or more")
-        if options.budget_s is not None:
-            raise PromptError("a time budget is for one answer: ask about each picture")
         if options.reasoning:
             raise PromptError("the model reasons about one picture at a time: ask about each")
 
@@ -350,12 +351,14 @@ class VLM:
             seen = [self._encoder.see(photo, asked.meter, threads=1) for photo in asked.photos]
             return replace(asked, photos=seen)
 
+        def alone(picture: Picture) -> Generator[Piece, None, None]:
+            with self._cancel.within(options.budget_s):
+                yield from self._answer(prepare(picture), self._language)
+
         with self._exclusive():
             self._language.sampler(options).close()  # before any work: the schema may be no good
-            if self.plan.way.apart:
-                yield from many.one_by_one(
-                    pictures, prepare, lambda asked: self._answer(asked, self._language)
-                )
+            if self.plan.way.apart or options.budget_s is not None:
+                yield from many.one_by_one(pictures, alone)
                 return
             if isinstance(pictures, Sized):
                 parallel = max(1, min(parallel, len(pictures)))

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edgevlm import bundle, device, paths
@@ -22,10 +23,29 @@ _GRAPH, _ENTRY = "vision.onnx", "entry.json"
 MOST_BYTES = 64_000_000
 
 
+def root() -> Path:
+    return paths.cache("graphs")
+
+
 def directory(sha256: str, runtime: str) -> Path:
     """Where the optimized copy of a graph is kept; `runtime` is ONNX Runtime's version."""
     machine = hashlib.sha256(f"{runtime}|{device.cpu_features()}".encode()).hexdigest()[:16]
-    return paths.cache("graphs", sha256[:32], machine)
+    return root() / sha256[:32] / machine
+
+
+def usage() -> tuple[int, int]:
+    """Copies, and their bytes."""
+    sizes = []
+    for copy in root().glob(f"*/*/{_GRAPH}"):
+        with suppress(FileNotFoundError):  # another process removed it
+            sizes.append(copy.stat().st_size)
+    return len(sizes), sum(sizes)
+
+
+def clear() -> None:
+    """Remove every copy. Raises OSError."""
+    if root().exists():
+        shutil.rmtree(root())
 
 
 def find(directory: Path) -> Path | None:

@@ -20,7 +20,7 @@ from edgevlm import prefill as prefills
 from edgevlm.answer import Device, EncodedImage, FinishReason
 from edgevlm.bundle import Bundle, adapter_file
 from edgevlm.cancel import Cancel
-from edgevlm.errors import BundleError, ContextOverflow, PromptError
+from edgevlm.errors import BackendError, BundleError, ContextOverflow, PromptError
 from edgevlm.llama import Context, Model, Sampler
 from edgevlm.memory import BATCH_TOKENS, Way
 from edgevlm.options import Options
@@ -111,8 +111,10 @@ class Language:
                 f"language.gguf takes {model.n_embd}-wide embeddings; bundle.json says "
                 f"{expected}: export both again"
             )
-        taps_hidden = self._bundle.has("region.npz")
-        return model, self._new_context(model, self._way.n_ctx, taps_hidden=taps_hidden)
+        return model, self._own_context(model, self._way.first_n_ctx)
+
+    def _own_context(self, model: Model, n_ctx: int) -> Context:
+        return self._new_context(model, n_ctx, taps_hidden=self._bundle.has("region.npz"))
 
     def _new_context(self, model: Model, n_ctx: int, **further: Any) -> Context:
         image = self._bundle.manifest["image"]
@@ -134,6 +136,24 @@ class Language:
         if self._opened is None:
             self._opened = self._open()
         return self._opened[1]
+
+    def _reserve(self, n_positions: int) -> None:
+        """Let the context hold so many; it begins small, because few answers need all of it.
+
+        Raises:
+            BackendError: there is no memory for it; the cache is empty then.
+        """
+        if n_positions <= self._context.n_ctx:
+            return
+        assert self._opened is not None
+        model, context = self._opened
+        try:
+            larger = context.moved_to(lambda: self._own_context(model, self._way.n_ctx))
+        except BackendError:
+            self._cached.clear()
+            self._opened = model, self._own_context(model, self._way.first_n_ctx)
+            raise
+        self._opened = model, larger
 
     def release(self) -> None:
         """Give the memory of weights and cache back; the next use opens them again."""
@@ -219,6 +239,7 @@ class Language:
 
     def set_threads(self, threads: int) -> None:
         """For the calls that follow."""
+        self._threads = threads
         self._context.set_threads(threads)
 
     def feed(self, prompt: Prompt, images: Sequence[EncodedImage]) -> None:
@@ -261,6 +282,7 @@ class Language:
             return 0
         rows = np.concatenate([self._rows(unit, images) for unit in first])
         self._forget_from(0)
+        self._reserve(len(rows))
         self._cancel.call(self._prefill.run, rows, self._context, self._sequence, self._cancel)
         for unit in first:
             self._cached += _keys(unit, images)
@@ -389,6 +411,7 @@ class Language:
     ) -> None:
         try:
             position, sequence = len(self._cached), self._sequence
+            self._reserve(position + len(rows))
             if bidirectional and isinstance(rows, np.ndarray):
                 self._cancel.call(self._context.decode_bidirectional, rows, position, sequence)
             else:

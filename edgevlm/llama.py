@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -138,7 +138,8 @@ class Model:
         device: Device = "cpu",
         vocabulary_only: bool = False,
     ) -> None:
-        """Map the file; `extra_buffers` lets llama.cpp repack weights for this CPU.
+        """Map the file; `extra_buffers` lets llama.cpp repack weights for this CPU. The file is
+        read then: a mapped one would stay in memory beside what was made of it.
 
         With `vocabulary_only` it reads words and nothing that computes.
         "cuda" copies all layers to the first GPU, "cpu" lets no GPU take part at all.
@@ -150,6 +151,7 @@ class Model:
         _complaints.clear()
         params = lib.llama_model_default_params()
         params.use_extra_bufts = extra_buffers
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if extra_buffers else lib.LLAMA_LOAD_MODE_MMAP
         params.vocab_only = vocabulary_only
         gpu = _cuda().gpus[0] if device == "cuda" else None
         devices = (ctypes.c_void_p * 2)(gpu, None)  # ends with a null; empty means no GPU
@@ -400,7 +402,7 @@ class Context:
         keys, values = np.random.default_rng(0).standard_normal(shape).astype(self._dtype)
         given = self._state(keys, values.swapaxes(1, 2))
         try:
-            return self._set_state(given) and self._get_state() == given.tobytes()
+            return self._set_state(given) and np.array_equal(self._get_state(), given)
         finally:
             self.truncate(0)
 
@@ -424,13 +426,28 @@ class Context:
         sequence: int = 0,
     ) -> NDArray[np.uint8]:
         self.truncate(0, sequence)
-        head = self._get_state(sequence)[: sequence_state.HEAD_BYTES]
+        head = self._get_state(sequence)[: sequence_state.HEAD_BYTES].tobytes()
         return sequence_state.pack(head, keys, values, self._dtype, self._n_sequences)
 
-    def _get_state(self, sequence: int = 0) -> bytes:
-        n_bytes = lib.llama_state_seq_get_size(self.handle, sequence)
-        state = (ctypes.c_uint8 * n_bytes)()
-        return bytes(state[: lib.llama_state_seq_get_data(self.handle, state, n_bytes, sequence)])
+    def moved_to(self, make: Callable[[], Context]) -> Context:
+        """A context that holds what the first sequence of this one did, which is closed.
+
+        Raises:
+            BackendError: there is no memory for it.
+        """
+        state = self._get_state()
+        self.close()  # first: the two are not in memory at the same time
+        moved = make()
+        if not moved._set_state(state):
+            moved.close()
+            raise _failure("does not take back what it gave")
+        return moved
+
+    def _get_state(self, sequence: int = 0) -> NDArray[np.uint8]:
+        state = np.empty(lib.llama_state_seq_get_size(self.handle, sequence), np.uint8)
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        n_bytes = lib.llama_state_seq_get_data(self.handle, data, len(state), sequence)
+        return state[:n_bytes]
 
     def _set_state(self, state: NDArray[np.uint8], sequence: int = 0) -> bool:
         data, n_bytes = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(state)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from edgevlm.answer import Outcome, Piece, fold
-from edgevlm.errors import EdgeVLMError, ImageError, OutputError, PromptError
+from edgevlm.errors import EdgeVLMError, ImageError, OutputError, PromptError, TimeBudget
 from edgevlm.language import Language, Slots
 
 PARALLEL = 4
 _AHEAD = 2  # pictures that are decoded and wait
-_OF_ONE_PICTURE = (ImageError, PromptError, OutputError)  # what the others do not suffer from
+# What the others do not suffer from.
+_OF_ONE_PICTURE = (ImageError, PromptError, OutputError, TimeBudget)
 
 Picture = TypeVar("Picture")
 Asked = TypeVar("Asked")
@@ -87,14 +88,12 @@ def outcomes(
 
 
 def one_by_one(
-    pictures: Iterable[Picture],
-    prepare: Callable[[Picture], Asked],
-    answer: Callable[[Asked], Pieces],
+    pictures: Iterable[Picture], answer: Callable[[Picture], Pieces]
 ) -> Iterator[Outcome]:
-    """The same, one answer at a time, where there is no memory for more."""
+    """The same, one answer at a time, where there is no memory for more, or each has its time."""
     for index, picture in enumerate(pictures):
         try:
-            yield Outcome(index, picture, fold(answer(prepare(picture))))
+            yield Outcome(index, picture, fold(answer(picture)))
         except _OF_ONE_PICTURE as error:
             yield Outcome(index, picture, error=error)
 

@@ -14,13 +14,14 @@ from edgevlm.bundle import Bundle
 from edgevlm.gguf import Shape, read_shape
 from edgevlm.layout import Layout
 
+EMBEDDINGS_BYTES = 16 << 20  # of photos seen lately; cache.py holds more on disk
 BATCH_TOKENS = 512  # what llama.cpp computes at once, its own default
 
 _LIBRARIES_BYTES = 95 << 20  # interpreter, numpy, Pillow, ONNX Runtime, llama.cpp
 _PHOTO_BYTES = 12_000_000 * 7  # 12 megapixels decoded at full size: Pillow's 4 bytes, ours 3
 # ONNX Runtime's session against the file, while it opens and then: it packs weights anew, and
 # holds fp16 as float32.
-_SESSION = {"fp16": (3.1, 2.1), "fp32": (1.4, 1.05), "int8": (1.75, 1.1)}
+_SESSION = {"fp16": (3.1, 2.1), "fp32": (1.4, 1.05), "int8": (1.05, 1.05)}
 _GRAPH_BYTES = 45 << 20, 15 << 20  # besides the weights
 _TOWER_HEADS = 16  # of CLIP-L and SigLIP-so400m alike; their scores are the largest activation,
 _SCORE_BYTES = 2 * 4  # in float32: the product and its softmax
@@ -49,13 +50,14 @@ class Needs:
     libraries_bytes: int
     opening_bytes: int  # the session of vision.onnx while it opens, which it does first,
     vision_bytes: int  # and from then on
-    working_bytes: int  # a photo's pixels, then the activations of one run
-    language_bytes: int  # mapped weights, the tokenizer, and what else answers need
-    repacked_bytes: int  # a copy of the weights that suits this CPU; 0 where there is none
+    working_bytes: int  # a photo's pixels, then the activations of one run, and photos seen before
+    language_bytes: int  # weights, the tokenizer, and what else answers need
+    repacks: bool  # llama.cpp lays the weights out for this CPU as it reads them
     buffer_bytes: int  # llama.cpp's for a batch, whatever the context
-    context_bytes_a_token: int  # keys, values and scores
+    cache_bytes_a_token: int  # keys and values
+    score_bytes_a_token: int  # of a batch, as it attends to the context
     n_ctx: int
-    least_n_ctx: int
+    least_n_ctx: int  # which a context begins with, too
 
     def with_weights(self, share: float) -> Needs:
         """The same model with language weights of that share of the size."""
@@ -68,20 +70,24 @@ class Way:
 
     Attributes:
         apart: the vision session and the language model take turns.
-        repacked: llama.cpp keeps a copy of the weights that suits this CPU.
-        n_ctx: positions of the context.
+        repacked: llama.cpp lays the weights out for this CPU as it reads them.
+        n_ctx: positions that the context may have,
+        first_n_ctx: and those that it has until more are needed.
     """
 
     apart: bool
     repacked: bool
     n_ctx: int
+    first_n_ctx: int
 
 
 def peak_bytes(needs: Needs, way: Way) -> int:
     """The most that is in memory at one time."""
-    language = needs.language_bytes + needs.buffer_bytes + needs.context_bytes_a_token * way.n_ctx
-    if way.repacked:
-        language += needs.repacked_bytes
+    context = needs.cache_bytes_a_token * way.n_ctx
+    # when it grows, what it held is kept aside for a moment
+    moved = needs.cache_bytes_a_token * way.first_n_ctx if way.first_n_ctx < way.n_ctx else 0
+    context += max(needs.score_bytes_a_token * way.n_ctx, moved)
+    language = needs.language_bytes + needs.buffer_bytes + context
     seeing = needs.vision_bytes + needs.working_bytes
     together = max(seeing, language) if way.apart else seeing + language
     return needs.libraries_bytes + max(needs.opening_bytes, together)
@@ -89,9 +95,7 @@ def peak_bytes(needs: Needs, way: Way) -> int:
 
 def ways(needs: Needs) -> list[Way]:
     """From the fastest to the smallest with the whole context."""
-    repacked = needs.repacked_bytes > 0
-    found = [Way(False, repacked, needs.n_ctx), Way(True, repacked, needs.n_ctx)]
-    return [*found, Way(True, False, needs.n_ctx)] if repacked else found
+    return [Way(apart, needs.repacks, needs.n_ctx, needs.least_n_ctx) for apart in (False, True)]
 
 
 def least_bytes(needs: Needs) -> int:
@@ -105,15 +109,16 @@ def fitting(needs: Needs, bound_bytes: float) -> Way | None:
         if peak_bytes(needs, way) <= bound_bytes:
             return way
     least = _smallest(needs)
-    spare = bound_bytes - peak_bytes(needs, least)
-    if spare < 0:
-        return None
-    more = int(spare // max(1, needs.context_bytes_a_token)) // _STEP_TOKENS * _STEP_TOKENS
-    return replace(least, n_ctx=min(needs.n_ctx, least.n_ctx + more))
+    more = range(needs.n_ctx - needs.n_ctx % _STEP_TOKENS, least.n_ctx, -_STEP_TOKENS)
+    for n_ctx in (*more, least.n_ctx):
+        way = replace(least, n_ctx=n_ctx)
+        if peak_bytes(needs, way) <= bound_bytes:
+            return way
+    return None
 
 
 def _smallest(needs: Needs) -> Way:
-    return Way(True, False, needs.least_n_ctx)
+    return Way(True, needs.repacks, needs.least_n_ctx, needs.least_n_ctx)
 
 
 def of_bundle(bundle: Bundle, *, extra_buffers: bool = True, precise: bool = False) -> Needs:
@@ -132,9 +137,9 @@ def of_bundle(bundle: Bundle, *, extra_buffers: bool = True, precise: bool = Fal
     batch = min(n_ctx, max(BATCH_TOKENS, manifest["image"].get("bidirectional_tokens", 0)))
     language = sizes.pop("language.gguf")
     if file.is_file():
-        fixed, a_token = _buffers(read_shape(file), batch, precise=precise)
+        fixed, cache, scores = _buffers(read_shape(file), batch, precise=precise)
     else:
-        fixed, a_token = _guessed_buffers(round(8 / _bits(kinds["language"]) * language))
+        fixed, cache, scores = _guessed_buffers(round(8 / _bits(kinds["language"]) * language))
     beside = 0
     opening, vision = _session_bytes(sizes.pop("vision.onnx"), kinds.get("vision", ""))
     for name, n_bytes in sizes.items():
@@ -149,11 +154,13 @@ def of_bundle(bundle: Bundle, *, extra_buffers: bool = True, precise: bool = Fal
         libraries_bytes=_LIBRARIES_BYTES,
         opening_bytes=opening,
         vision_bytes=vision,
-        working_bytes=max(_PHOTO_BYTES, *(_activations(family, layout) for layout in layouts)),
+        working_bytes=EMBEDDINGS_BYTES
+        + max(_PHOTO_BYTES, *(_activations(family, layout) for layout in layouts)),
         language_bytes=language + beside,
-        repacked_bytes=language if extra_buffers and _is_repacked(kinds["language"]) else 0,
+        repacks=extra_buffers and _is_repacked(kinds["language"]),
         buffer_bytes=fixed,
-        context_bytes_a_token=a_token,
+        cache_bytes_a_token=cache,
+        score_bytes_a_token=scores,
         n_ctx=n_ctx,
         least_n_ctx=min(n_ctx, -(-least // _STEP_TOKENS) * _STEP_TOKENS),
     )
@@ -163,17 +170,18 @@ def of_checkpoint(n_parameters: int, language: str) -> Needs:
     """The needs of a bundle with an int8 tower that a checkpoint of this size would become."""
     tower = min(_TOWER_PARAMETERS, round(n_parameters * _TOWER_SHARE))
     weights = round((n_parameters - tower) * _bits(language) / 8)
-    fixed, a_token = _guessed_buffers(n_parameters)
+    fixed, cache, scores = _guessed_buffers(n_parameters)
     opening, vision = _session_bytes(tower, "int8")
     return Needs(
         libraries_bytes=_LIBRARIES_BYTES,
         opening_bytes=opening,
         vision_bytes=vision,
-        working_bytes=_PHOTO_BYTES,
+        working_bytes=EMBEDDINGS_BYTES + _PHOTO_BYTES,
         language_bytes=weights,
-        repacked_bytes=weights if _is_repacked(language) else 0,
+        repacks=_is_repacked(language),
         buffer_bytes=fixed,
-        context_bytes_a_token=a_token,
+        cache_bytes_a_token=cache,
+        score_bytes_a_token=scores,
         n_ctx=_GUESSED_N_CTX,
         least_n_ctx=_GUESSED_N_CTX // 2,
     )
@@ -206,17 +214,19 @@ def _activations(family: families.Family, layout: Layout) -> int:
     return tiles * patches * (patches * _TOWER_HEADS * _SCORE_BYTES + _PATCH_BYTES)
 
 
-def _buffers(shape: Shape, batch: int, *, precise: bool) -> tuple[int, int]:
-    """llama.cpp's memory besides the weights: whatever the context, and for each token of it."""
+def _buffers(shape: Shape, batch: int, *, precise: bool) -> tuple[int, int, int]:
+    """llama.cpp's memory besides the weights: whatever the context, and for each token of it keys
+    and values, and scores."""
     keys_and_values = shape.n_layers * shape.kv_width * (4 if precise else 2)
     scores = shape.n_heads * batch * 4
     rows = batch * (3 * shape.n_ff + 4 * shape.n_embd) * 4
-    return rows + shape.n_vocab * _VOCABULARY_BYTES, keys_and_values + scores
+    return rows + shape.n_vocab * _VOCABULARY_BYTES, keys_and_values, scores
 
 
-def _guessed_buffers(n_parameters: int) -> tuple[int, int]:
+def _guessed_buffers(n_parameters: int) -> tuple[int, int, int]:
     """The same for a model of which only the size is known."""
-    return _GUESSED_BUFFER_BYTES, round(_CONTEXT_FACTOR * n_parameters**_CONTEXT_POWER)
+    half = round(_CONTEXT_FACTOR * n_parameters**_CONTEXT_POWER / 2)
+    return _GUESSED_BUFFER_BYTES, half, half
 
 
 def _bits(kind: str) -> float:

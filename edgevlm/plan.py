@@ -34,8 +34,6 @@ class Plan:
         lost = []
         if self.way.apart:
             lost.append("image encoder and language model take turns")
-        if self.needs.repacked_bytes and not self.way.repacked:
-            lost.append("weights are not repacked for this CPU")
         if self.way.n_ctx < self.needs.n_ctx:
             lost.append(f"the context is {self.way.n_ctx} tokens, not {self.needs.n_ctx}")
         return ", ".join(lost)

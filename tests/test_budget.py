@@ -77,7 +77,6 @@ def test_native_work_ends_when_its_time_is_over() -> None:
 
     with pytest.raises(TimeBudget), stopper.within(0.05):
         stopper.call(work)
-    stopper.begin()
     with stopper.within(60):  # the next call is not touched, and nothing waits for its timer
         stopper.call(stopper.check)
     stopper.cancel()
@@ -169,6 +168,27 @@ def test_nothing_said_in_time_is_an_error(
         vlm.describe(picture, budget_s=0.1)
     monkeypatch.undo()
     vlm.describe(picture, max_tokens=3)
+
+
+def test_each_of_many_photos_has_its_time(
+    vlm: VLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = picture.transpose(Image.Transpose.ROTATE_90)
+    expected = [vlm.describe(photo, max_tokens=3).text for photo in (other, picture)]
+    encode = vision.encode
+    late = iter([True, False, False])
+
+    def slow_at_first(*arguments: Any) -> Any:
+        while next(late, False):
+            time.sleep(1.1)
+            vlm._cancel.check()
+        return encode(*arguments)
+
+    monkeypatch.setattr(vision, "encode", slow_at_first)
+    vlm._encoder._cache = None
+    found = [*vlm.describe_many([picture, other, picture], max_tokens=3, budget_s=1.0)]
+    assert isinstance(found[0].error, TimeBudget)
+    assert [outcome.answer.text for outcome in found[1:] if outcome.answer] == expected
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])

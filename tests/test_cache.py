@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 from test_paths import full_disk
 
 import edgevlm
-from edgevlm import cache
+from edgevlm import cache, graph_cache
 from edgevlm.cli import run
 
 QUESTION = "What is in the picture?"
@@ -214,7 +215,7 @@ def test_what_does_not_fit_is_not_kept(tmp_path: Path, entry: cache.Entry) -> No
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, entry: cache.Entry) -> None:
-    monkeypatch.setattr(cache, "_MEMORY_BYTES", 3 * entry.embeddings.nbytes)
+    monkeypatch.setattr(cache, "EMBEDDINGS_BYTES", 3 * entry.embeddings.nbytes)
     kept = cache.Cache(0)  # nothing on disk
     for key in "abc":
         kept.put(key, entry)
@@ -325,15 +326,26 @@ def by_command_line(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> Iterator[N
 def test_the_command_line_shows_and_clears_it(
     capsys: pytest.CaptureFixture[str], photo: Path, by_command_line: None
 ) -> None:
+    assert run(["cache", "clear"]) == 0  # graphs of other tests
     assert run(["cache", "info"]) == 0
     assert capsys.readouterr().out.startswith("0 photos, 0.0 MB in ")
     assert run(["describe", str(photo)]) == 0
     assert len(stored()) == 1
     capsys.readouterr()
     assert run(["cache", "info"]) == 0
-    assert capsys.readouterr().out.startswith("1 photos, 0.0 MB in ")
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[0] for line in shown] == ["1 photos", "1 graphs"]
+    assert run(["cache", "info", "--json"]) == 0
+    kept = json.loads(capsys.readouterr().out)
+    assert (kept["entries"], kept["directory"]) == (1, str(cache.directory()))
+    copies = [*graph_cache.root().rglob("*.onnx")]
+    assert (kept["graphs"]["entries"], len(copies)) == (1, 1)
+    assert kept["graphs"]["bytes"] == copies[0].stat().st_size
     assert run(["cache", "clear"]) == 0
-    assert stored() == []
+    assert "1 photos and 1 graphs" in capsys.readouterr().err
+    assert stored() == [*graph_cache.root().rglob("*")] == []
+    assert graph_cache.usage() == (0, 0)
+    assert run(["cache", "clear"]) == 0
     assert run(["describe", str(photo), "--no-cache"]) == 0
     assert stored() == []
 

@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from edgevlm_export import export
 from PIL import Image
 
 import edgevlm
-from edgevlm import VLM, preprocess, vision
-from edgevlm.bundle import manifest_text
+from edgevlm import VLM, plan, preprocess, vision
+from edgevlm.bundle import manifest_text, open_bundle
+from edgevlm.settings import Settings
 
 QUESTION = "What is in the picture?"
 
@@ -75,6 +78,26 @@ def test_the_answer_says_what_it_took(vlm: VLM, picture: Image.Image) -> None:
     stages = (timings.decode_ms, timings.preprocess_ms, timings.encode_ms, timings.prefill_ms)
     assert all(ms > 0 for ms in (*stages, timings.load_ms, timings.generate_ms))
     assert timings.first_token_ms >= sum(stages)
+
+
+def test_a_context_that_grows_changes_no_token(
+    bundle: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan.make(open_bundle(bundle), Settings())
+    asked: dict[str, Any] = {"max_tokens": 300, "repetition_stop": False, "repeat_penalty": 1.3}
+
+    def answers(first_n_ctx: int) -> list[str]:
+        way = replace(made.way, first_n_ctx=first_n_ctx)
+        monkeypatch.setattr(plan, "make", lambda *_: replace(made, way=way))
+        with edgevlm.load(bundle) as vlm:
+            assert vlm._language._context.n_ctx == first_n_ctx
+            chat = vlm.chat(picture)
+            told = [chat.ask(QUESTION, **asked).text, chat.ask("And now?", max_tokens=9).text]
+            assert vlm._language._context.n_ctx == made.way.n_ctx
+            return told
+
+    assert made.way.n_ctx > 300
+    assert answers(256) == answers(made.way.n_ctx)  # in the middle of the first answer
 
 
 def test_an_encoded_picture_is_not_encoded_again(vlm: VLM, picture: Image.Image) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,32 +13,39 @@ from edgevlm.cli import options
 
 @click.group("cache")
 def command() -> None:
-    """Image embeddings of photos that were seen before."""
+    """What is kept: embeddings of photos that were seen before, and optimized vision graphs."""
 
 
 @command.command("info")
 @options.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def info(as_json: bool) -> None:
     """Where they are, how many, and what they take."""
-    from edgevlm import cache
+    from edgevlm import cache, graph_cache
 
-    entries, n_bytes = cache.Disk(cache.directory()).usage()
+    photos = _record(cache.directory(), *cache.Disk(cache.directory()).usage())
+    graphs = _record(graph_cache.root(), *graph_cache.usage())
     if as_json:
-        record = {"directory": str(cache.directory()), "entries": entries, "bytes": n_bytes}
-        click.echo(json.dumps(record))
-    else:
-        click.echo(f"{entries} photos, {n_bytes / 1e6:.1f} MB in {cache.directory()}")
+        click.echo(json.dumps({**photos, "graphs": graphs}))
+        return
+    for what, kept in (("photos", photos), ("graphs", graphs)):
+        click.echo(f"{kept['entries']} {what}, {kept['bytes'] / 1e6:.1f} MB in {kept['directory']}")
 
 
 @command.command("clear")
 def clear() -> None:
     """Remove them all."""
-    from edgevlm import cache
+    from edgevlm import cache, graph_cache, paths
 
     disk = cache.Disk(cache.directory())
-    entries, n_bytes = disk.usage()
+    (photos, photo_bytes), (graphs, graph_bytes) = disk.usage(), graph_cache.usage()
     try:
         disk.clear()
+        graph_cache.clear()
     except OSError as error:
-        raise click.ClickException(f"{cache.directory()} cannot be cleared: {error}") from None
-    click.echo(f"removed {entries} photos, {n_bytes / 1e6:.1f} MB", err=True)
+        raise click.ClickException(f"{paths.home()} cannot be cleared: {error}") from None
+    n_bytes = photo_bytes + graph_bytes
+    click.echo(f"removed {photos} photos and {graphs} graphs, {n_bytes / 1e6:.1f} MB", err=True)
+
+
+def _record(directory: Path, entries: int, n_bytes: int) -> dict[str, Any]:
+    return {"directory": str(directory), "entries": entries, "bytes": n_bytes}
