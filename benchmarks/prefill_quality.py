@@ -189,9 +189,11 @@ def measure(model: Path, n_chunks: int, floats: list[str], threads: int) -> Iter
         for kept in ("", *floats):
             keep = [name for name in layers if kept and kept in name]
             what = f"int8 graph{kept and f', {kept} in float'}"
-            alone = precision.int8(whole, keep)
+            alone = precision.int8(whole, keep, parts=prefill.PARTS)
             yield score(f"{what}, alone", GraphLogits(alone, language, directory, threads))
-            peer = HandedOver(precision.int8(shipped, keep), file, directory, threads)
+            peer = HandedOver(
+                precision.int8(shipped, keep, parts=prefill.PARTS), file, directory, threads
+            )
             yield score(f"{what}, handed over", peer)
             peer.close()
         for kind in ("f32", *QUANTIZATIONS):

@@ -88,7 +88,8 @@ class VLM:
         self._family = families.find(bundle, settings.detail, settings.visual_tokens)
         self.plan = plan.make(bundle, settings)
         self._cancel = Cancel()
-        kernels.return_large_blocks()
+        if kernels.operators() is None:  # ours need no large blocks besides their results
+            kernels.return_large_blocks()
         with ThreadPoolExecutor(1) as other:  # each library loads on one core, without the GIL
             encoder = other.submit(
                 Encoder,

@@ -88,7 +88,7 @@ class Language:
         self.unread: int | None = None  # a token that was said and has to be read next
         # Where memory is so short that the models take turns, there is none for a second copy;
         # a GPU reads prompts faster than the graph, which runs on the CPU.
-        wanted = "gguf" if way.apart or device != "cpu" else prefill
+        wanted = prefill if way.prefill and device == "cpu" else "gguf"
         self._prefill = prefills.find(bundle, wanted, threads, lambda: self._context.takes_cache())
         self._tokenizer = _tokenizer(bundle)
         self._image_token: str = bundle.manifest["prompt"]["image_token"]

@@ -22,6 +22,7 @@ _PHOTO_BYTES = 12_000_000 * 7  # 12 megapixels decoded at full size: Pillow's 4 
 # ONNX Runtime's session against the file, while it opens and then: it packs weights anew, and
 # holds fp16 as float32.
 _SESSION = {"fp16": (3.1, 2.1), "fp32": (1.4, 1.05), "int8": (1.05, 1.05)}
+_PREFILL = 1.05  # the same of the prefill graph, whose weights are mapped
 _GRAPH_BYTES = 45 << 20, 15 << 20  # besides the weights
 _TOWER_HEADS = 16  # of CLIP-L and SigLIP-so400m alike; their scores are the largest activation,
 _SCORE_BYTES = 2 * 4  # in float32: the product and its softmax
@@ -52,6 +53,7 @@ class Needs:
     vision_bytes: int  # and from then on
     working_bytes: int  # a photo's pixels, then the activations of one run, and photos seen before
     language_bytes: int  # weights, the tokenizer, and what else answers need
+    prefill_bytes: int  # the prefill graph with what it gives; 0 where there is none
     repacks: bool  # llama.cpp lays the weights out for this CPU as it reads them
     buffer_bytes: int  # llama.cpp's for a batch, whatever the context
     cache_bytes_a_token: int  # keys and values
@@ -70,12 +72,14 @@ class Way:
 
     Attributes:
         apart: the vision session and the language model take turns.
+        prefill: a prefill graph is used, where there is one.
         repacked: llama.cpp lays the weights out for this CPU as it reads them.
         n_ctx: positions that the context may have,
         first_n_ctx: and those that it has until more are needed.
     """
 
     apart: bool
+    prefill: bool
     repacked: bool
     n_ctx: int
     first_n_ctx: int
@@ -88,6 +92,8 @@ def peak_bytes(needs: Needs, way: Way) -> int:
     moved = needs.cache_bytes_a_token * way.first_n_ctx if way.first_n_ctx < way.n_ctx else 0
     context += max(needs.score_bytes_a_token * way.n_ctx, moved)
     language = needs.language_bytes + needs.buffer_bytes + context
+    if way.prefill:
+        language += needs.prefill_bytes
     seeing = needs.vision_bytes + needs.working_bytes
     together = max(seeing, language) if way.apart else seeing + language
     return needs.libraries_bytes + max(needs.opening_bytes, together)
@@ -95,7 +101,10 @@ def peak_bytes(needs: Needs, way: Way) -> int:
 
 def ways(needs: Needs) -> list[Way]:
     """From the fastest to the smallest with the whole context."""
-    return [Way(apart, needs.repacks, needs.n_ctx, needs.least_n_ctx) for apart in (False, True)]
+    whole = Way(False, True, needs.repacks, needs.n_ctx, needs.least_n_ctx)
+    alone = replace(whole, prefill=False)
+    apart = replace(alone, apart=True)
+    return [whole, alone, apart] if needs.prefill_bytes else [whole, apart]
 
 
 def least_bytes(needs: Needs) -> int:
@@ -118,7 +127,7 @@ def fitting(needs: Needs, bound_bytes: float) -> Way | None:
 
 
 def _smallest(needs: Needs) -> Way:
-    return Way(True, needs.repacks, needs.least_n_ctx, needs.least_n_ctx)
+    return Way(True, False, needs.repacks, needs.least_n_ctx, needs.least_n_ctx)
 
 
 def of_bundle(bundle: Bundle, *, extra_buffers: bool = True, precise: bool = False) -> Needs:
@@ -140,14 +149,18 @@ def of_bundle(bundle: Bundle, *, extra_buffers: bool = True, precise: bool = Fal
         fixed, cache, scores = _buffers(read_shape(file), batch, precise=precise)
     else:
         fixed, cache, scores = _guessed_buffers(round(8 / _bits(kinds["language"]) * language))
-    beside = 0
+    beside = prefill = 0
     opening, vision = _session_bytes(sizes.pop("vision.onnx"), kinds.get("vision", ""))
     for name, n_bytes in sizes.items():
-        if name.endswith(".onnx"):
+        if name.startswith("prefill."):
+            prefill += round(n_bytes * _PREFILL)
+        elif name.endswith(".onnx"):
             beside += _session_bytes(n_bytes, kinds.get(name.removesuffix(".onnx"), ""))[0]
         else:
             beside += n_bytes * (_TOKENIZER if name == "tokenizer.json" else 1)
     family = families.find(bundle)
+    if prefill:  # it gives keys and values once, and llama.cpp takes them in a copy
+        prefill += 2 * cache * n_ctx
     layouts = [family.layout(*size) for size in _SIZES_PX]
     least = max(layout.n_tokens for layout in layouts) + _ROOM_TOKENS
     return Needs(
@@ -157,6 +170,7 @@ def of_bundle(bundle: Bundle, *, extra_buffers: bool = True, precise: bool = Fal
         working_bytes=EMBEDDINGS_BYTES
         + max(_PHOTO_BYTES, *(_activations(family, layout) for layout in layouts)),
         language_bytes=language + beside,
+        prefill_bytes=prefill,
         repacks=extra_buffers and _is_repacked(kinds["language"]),
         buffer_bytes=fixed,
         cache_bytes_a_token=cache,
@@ -178,6 +192,7 @@ def of_checkpoint(n_parameters: int, language: str) -> Needs:
         vision_bytes=vision,
         working_bytes=EMBEDDINGS_BYTES + _PHOTO_BYTES,
         language_bytes=weights,
+        prefill_bytes=n_parameters - tower,
         repacks=_is_repacked(language),
         buffer_bytes=fixed,
         cache_bytes_a_token=cache,
@@ -198,7 +213,7 @@ def smaller_kinds(kind: str) -> list[tuple[str, float]]:
 def installed_bytes(n_parameters: int, language: str) -> int:
     """Of the files that a checkpoint of this size becomes."""
     tower = min(_TOWER_PARAMETERS, round(n_parameters * _TOWER_SHARE))
-    return tower + round((n_parameters - tower) * _bits(language) / 8)
+    return tower + round((n_parameters - tower) * (_bits(language) / 8 + 1))  # 1: prefill graph
 
 
 def _session_bytes(file_bytes: int, kind: str) -> tuple[int, int]:

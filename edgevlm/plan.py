@@ -32,6 +32,8 @@ class Plan:
     def gives_up(self) -> str:
         """What the model would have with more memory; "" where it has everything."""
         lost = []
+        if self.needs.prefill_bytes and not self.way.prefill:
+            lost.append("llama.cpp reads pictures, not the prefill graph")
         if self.way.apart:
             lost.append("image encoder and language model take turns")
         if self.way.n_ctx < self.needs.n_ctx:

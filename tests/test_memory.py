@@ -29,6 +29,7 @@ NEEDS = Needs(
     vision_bytes=300 * MB,
     working_bytes=50 * MB,
     language_bytes=500 * MB,
+    prefill_bytes=0,
     repacks=True,
     buffer_bytes=20 * MB,
     cache_bytes_a_token=80_000,
@@ -36,8 +37,8 @@ NEEDS = Needs(
     n_ctx=2048,
     least_n_ctx=1024,
 )
-RESIDENT = Way(apart=False, repacked=True, n_ctx=2048, first_n_ctx=1024)
-APART = replace(RESIDENT, apart=True)
+RESIDENT = Way(apart=False, prefill=True, repacked=True, n_ctx=2048, first_n_ctx=1024)
+APART = replace(RESIDENT, apart=True, prefill=False)
 SMALLEST = replace(APART, n_ctx=1024)
 
 
@@ -52,6 +53,17 @@ def test_ways_come_in_the_order_of_what_they_cost_the_user() -> None:
     assert memory.ways(NEEDS) == [RESIDENT, APART]
     plain = [replace(RESIDENT, repacked=False), replace(APART, repacked=False)]
     assert memory.ways(replace(NEEDS, repacks=False)) == plain
+    without = replace(RESIDENT, prefill=False)
+    assert memory.ways(replace(NEEDS, prefill_bytes=MB)) == [RESIDENT, without, APART]
+
+
+def test_a_prefill_graph_that_does_not_fit_is_left_out() -> None:
+    needs = replace(NEEDS, prefill_bytes=600 * MB)
+    without = memory.peak_bytes(NEEDS, RESIDENT)
+    assert memory.peak_bytes(needs, RESIDENT) == without + 600 * MB
+    assert memory.fitting(needs, without + 600 * MB) == RESIDENT
+    assert memory.fitting(needs, without + 599 * MB) == replace(RESIDENT, prefill=False)
+    assert memory.least_bytes(needs) == memory.least_bytes(NEEDS)
 
 
 def test_a_peak_is_the_sum_of_what_meets() -> None:
@@ -96,6 +108,7 @@ def test_the_fastest_way_within_the_bound_is_taken(bound_mb: int, way: Way | Non
             for name in ("libraries_bytes", "vision_bytes", "working_bytes", "language_bytes")
         },
         opening_bytes=st.integers(0, 10**10),
+        prefill_bytes=st.integers(0, 10**10),
         repacks=st.booleans(),
         buffer_bytes=st.integers(0, 10**9),
         cache_bytes_a_token=st.integers(0, 10**6),
@@ -122,10 +135,12 @@ def test_parts_that_a_bundle_adds_are_counted(bundle: Bundle) -> None:
         return memory.of_bundle(Bundle(bundle.path, {**bundle.manifest, "files": files}))
 
     assert with_file("region.npz", MB).language_bytes == before.language_bytes + MB
-    assert with_file("prefill.onnx", MB).language_bytes >= before.language_bytes + MB
+    assert before.prefill_bytes == 0
+    graph = with_file("prefill.data", 10 * MB)
+    keys_and_values = graph.cache_bytes_a_token * graph.n_ctx
+    assert graph.prefill_bytes == 10.5 * MB + 2 * keys_and_values
+    assert replace(graph, prefill_bytes=0) == before
     assert with_file("tokenizer.json", MB).language_bytes > before.language_bytes + MB
-    assert with_file("prefill.onnx", MB).vision_bytes == before.vision_bytes
-    assert with_file("prefill.onnx", 10**9).language_bytes < before.language_bytes + 4 * 10**9
 
 
 def test_keys_and_values_follow_from_the_shape(bundle: Bundle) -> None:

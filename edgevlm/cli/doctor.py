@@ -75,9 +75,14 @@ def _kernels() -> dict[str, Any]:
 
 
 def _onnxruntime() -> dict[str, Any]:
-    from edgevlm import sessions
+    from edgevlm import kernels, sessions
 
-    return {"version": sessions.version(), "providers": ", ".join(sessions.providers())}
+    own = "ONNX Runtime's own" if kernels.operators() is None else "edgevlm's, fused"
+    return {
+        "version": sessions.version(),
+        "providers": ", ".join(sessions.providers()),
+        "int8_layers": own,
+    }
 
 
 def _llama() -> dict[str, Any]:

@@ -80,6 +80,7 @@ def pull_model(
                 out,
                 language=llm,
                 vision=vision,
+                prefill="int8",
                 tokenizer=tokenizer or other_tokenizer,
                 prompt=prompt,
                 progress=bars,

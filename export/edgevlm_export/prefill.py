@@ -23,7 +23,7 @@ from .linear import CONTRIB
 GRAPH, WEIGHTS = "prefill.onnx", "prefill.data"
 # Rows of a language model hold outliers: a scale for each quarter halves what int8 changes
 # (docs/export.md).
-_PARTS = 4
+PARTS = 4
 _ARCHITECTURES = ("llama", "phi2", "phi3", "qwen2")
 
 
@@ -45,7 +45,7 @@ def write(
     """
     model = graph(language, half=kind == "int8", bidirectional=bidirectional)
     if kind == "int8":
-        model = precision.int8(model, parts=_PARTS)
+        model = precision.int8(model, parts=PARTS)
     model.save(directory / GRAPH, data=directory / WEIGHTS, progress=progress)
 
 
