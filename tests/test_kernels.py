@@ -256,7 +256,8 @@ def test_the_library_shows_nothing_but_the_header() -> None:
     )
     shown = {line.split()[-1] for line in table.stdout.splitlines()}
     ours = set(re.findall(r"\b(edgevlm_\w+)\(", HEADER))
-    assert shown == ours | {"RegisterCustomOps"}  # what ONNX Runtime looks for
+    operators = {"RegisterCustomOps"} if platform.machine() == "x86_64" else set()
+    assert shown == ours | operators  # the latter is what ONNX Runtime looks for
 
 
 def tier_flags() -> dict[str, list[str]]:
