@@ -40,7 +40,8 @@ def test_the_default_is_what_a_cpu_wants(
     assert said.out == ""
     assert said.err == f"edgevlm: {out} is ready: edgevlm describe PHOTO -m {out}\n"
     manifest = json.loads((out / "bundle.json").read_text())
-    assert manifest["quantization"] == {"vision": "int8", "language": "q4_k_m"}
+    kinds = {"vision": "int8", "language": "q4_k_m", "prefill": "int8"}
+    assert manifest["quantization"] == kinds
     assert run(["describe", str(tmp_path / "photo.png"), "-m", str(out), "-n", "3"]) == 0
 
 

@@ -280,15 +280,16 @@ def shown_symbols(source: str, flags: list[str], arm: bool, scratch: Path) -> li
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86-64")
-def test_the_int8_product_shares_no_symbol_with_code_compiled_for_other_cpus(
-    tmp_path: Path,
+@pytest.mark.parametrize("name", ["linear", "attention"])
+def test_a_fused_operator_shares_no_symbol_with_code_compiled_for_other_cpus(
+    name: str, tmp_path: Path
 ) -> None:
-    (flags,) = re.findall(
-        r'linear_avx512\.cpp PROPERTIES COMPILE_OPTIONS\s+"(.*?)"',
-        (ROOT / "CMakeLists.txt").read_text(),
-    )
-    (line,) = shown_symbols("linear_avx512.cpp", flags.split(";"), False, tmp_path)
-    assert " T edgevlm::linear_avx512(" in line
+    build = (ROOT / "CMakeLists.txt").read_text()
+    (common,) = re.findall(r"set\(avx512 (.*?)\)", build)
+    (own,) = re.findall(rf'{name}_avx512\.cpp PROPERTIES COMPILE_OPTIONS\s+"(.*?)"', build)
+    flags = [*common.split(), *own.replace("${avx512}", "-Wall").split(";")]
+    (line,) = shown_symbols(f"{name}_avx512.cpp", flags, False, tmp_path)
+    assert f" T edgevlm::{name}_avx512(" in line
 
 
 @pytest.mark.parametrize(("name", "flags"), tier_flags().items(), ids=tier_flags().keys())

@@ -6,6 +6,7 @@ and compares with Pillow's answers, bit for bit.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def build(target: str, directory: Path) -> Path:
         source = str(ROOT / "kernels" / "tier.cpp")
         command = [*compiler, *tier_flags()[name], define, "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True)
-    sources = [str(path) for path in (ROOT / "kernels").glob("*.cpp") if path.name != "tier.cpp"]
+    everywhere = re.findall(
+        r"add_library\(edgevlm_kernels SHARED (.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.S
+    )
+    sources = [str(ROOT / name) for name in everywhere[0].split()]
     sources.append(str(ROOT / "tests" / "kernels_emulated" / "replay.cpp"))
     program = directory / f"replay-{target}"
     subprocess.run([*compiler, "-static", *sources, *objects, "-o", str(program)], check=True)

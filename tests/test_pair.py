@@ -264,7 +264,7 @@ def test_from_the_command_line(
     assert run(command) == 0
     assert "is ready" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "bundle.json").read_text())
-    assert manifest["quantization"] == {"vision": "int8", "language": "f32"}
+    assert manifest["quantization"] == {"vision": "int8", "language": "f32", "prefill": "int8"}
     assert run(["describe", str(tmp_path / "photo.png"), "-m", out, "-n", "3"]) == 0
 
 

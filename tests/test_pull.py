@@ -81,7 +81,8 @@ def test_a_hub_id_becomes_a_model_and_no_network_is_asked_again(machine: Machine
     assert "GB to fetch" in said and "of memory to run" in said
     bundle = open_bundle(machine.models / "model")
     assert bundle.manifest["source"] == {"id": "tiny/model", "revision": COMMIT}
-    assert bundle.manifest["quantization"] == {"vision": "int8", "language": "q8_0"}
+    kinds = {"vision": "int8", "language": "q8_0", "prefill": "int8"}
+    assert bundle.manifest["quantization"] == kinds
     asked = hub.requests
     assert machine.pull()[0] == 0
     assert hub.requests == asked

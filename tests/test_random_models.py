@@ -65,7 +65,8 @@ def test_a_random_bundle_says_so_and_answers(bundle: Path, picture: Image.Image)
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert "random weights" in manifest["source"]["id"]
     assert manifest["licence"] == "random-weights"
-    assert manifest["quantization"] == {"vision": "int8", "language": "q4_k_m"}
+    kinds = {"vision": "int8", "language": "q4_k_m", "prefill": "int8"}
+    assert manifest["quantization"] == kinds
     with edgevlm.load(bundle) as vlm:
         answer = vlm.describe(picture, max_tokens=4, repetition_stop=False)
         logits = vlm._language.logits()
