@@ -42,18 +42,11 @@ ort::Status* compute(void* state, ort::KernelContext* context) {
     fits = keys.sizes[i] == values.sizes[i] && (i == 2 || keys.sizes[i] == queries.sizes[i]);
   }
   if (!fits) return failure(api, "edgevlm.Attention: sizes of queries, keys and values disagree");
-  ort::Value* output = nullptr;
-  void* out = nullptr;
-  if (ort::Status* status =
-          ort::GetOutput::call(api, context, 0, queries.sizes, queries.n_axes, &output)) {
-    return status;
-  }
-  if (ort::Status* status = ort::GetTensorMutableData::call(api, output, &out)) return status;
   Attention attention = {};
+  if (ort::Status* status = allocate(api, context, queries, &attention.out)) return status;
   attention.queries = static_cast<const float*>(queries.data);
   attention.keys = static_cast<const float*>(keys.data);
   attention.values = static_cast<const float*>(values.data);
-  attention.out = static_cast<float*>(out);
   attention.n_batch = static_cast<size_t>(queries.sizes[0]);
   attention.n = static_cast<size_t>(queries.sizes[1]);
   attention.n_heads = static_cast<size_t>(kernel.n_heads);

@@ -9,8 +9,8 @@
 namespace edgevlm {
 namespace {
 
-// Inputs: rows float32 [.., in], weights int8 [in / n_parts, out] of each part, scales float32
-// [out], and bias float32 [out] where it has one. Output: float32 [.., out].
+// Inputs: rows float32 [.., in], weights int8 [in, out], scales float32 [out], and bias float32
+// [out] where it has one. Output: float32 [.., out].
 struct Operator : ort::CustomOp {
   const char* name_text;
   bool has_bias;
@@ -42,19 +42,12 @@ ort::Status* compute(void* state, ort::KernelContext* context) {
   size_t n_rows = 1;
   for (size_t i = 0; i + 1 < rows.n_axes; ++i) n_rows *= static_cast<size_t>(rows.sizes[i]);
   rows.sizes[rows.n_axes - 1] = n_out;
-  ort::Value* output = nullptr;
-  void* out = nullptr;
-  if (ort::Status* status =
-          ort::GetOutput::call(api, context, 0, rows.sizes, rows.n_axes, &output)) {
-    return status;
-  }
-  if (ort::Status* status = ort::GetTensorMutableData::call(api, output, &out)) return status;
   Linear layer = {};
+  if (ort::Status* status = allocate(api, context, rows, &layer.out)) return status;
   layer.rows = static_cast<const float*>(rows.data);
   layer.weights = static_cast<const int8_t*>(weights.data);
   layer.scales = static_cast<const float*>(scales.data);
   layer.bias = static_cast<const float*>(bias.data);
-  layer.out = static_cast<float*>(out);
   layer.n_rows = n_rows;
   layer.n_in = static_cast<size_t>(n_in);
   layer.n_parts = op.n_parts;

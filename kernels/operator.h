@@ -52,6 +52,20 @@ inline bool read(ort::Api* api, ort::KernelContext* context, size_t index, Tenso
                                                   &tensor->data) == nullptr;
 }
 
+// The operator's output, in the sizes of `like`.
+inline ort::Status* allocate(ort::Api* api, ort::KernelContext* context, const Tensor& like,
+                             float** out) {
+  ort::Value* value = nullptr;
+  if (ort::Status* status =
+          ort::GetOutput::call(api, context, 0, like.sizes, like.n_axes, &value)) {
+    return status;
+  }
+  void* data = nullptr;
+  ort::Status* status = ort::GetTensorMutableData::call(api, value, &data);
+  *out = static_cast<float*>(data);
+  return status;
+}
+
 // An operator of this domain, on the CPU, with one float32 output; the rest is filled in by the
 // file that has it.
 inline ort::CustomOp blank_operator() {

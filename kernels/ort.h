@@ -19,7 +19,7 @@ struct Value;
 struct Shape;  // OrtTensorTypeAndShapeInfo
 struct ShapeInference;
 
-enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
+enum ErrorCode : int { kFail = 1 };
 enum ElementType : int { kFloat = 1, kInt8 = 3, kInt32 = 6 };
 
 using Api = void* const;  // an array of functions

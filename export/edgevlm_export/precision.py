@@ -155,7 +155,7 @@ def _layers(model: Model) -> dict[str, _Layer]:
 
 def _joins(node: onnx.NodeProto, layer: _Layer) -> bool:
     """Whether the activation `node` has a function that it is part of."""
-    kinds = ("QuickGelu", "FastGelu") if layer.bias else ("QuickGelu",)
+    kinds = linear.ACTIVATIONS if layer.bias else ("QuickGelu",)
     return node.domain == CONTRIB and node.op_type in kinds and len(node.input) == 1
 
 
