@@ -37,13 +37,14 @@ from edgevlm.cancel import Cancel
 from edgevlm.chat import Chat
 from edgevlm.encoder import Encoder, Opened, Photo, Picture
 from edgevlm.errors import PromptError
-from edgevlm.language import Language, Prompt, Slots
+from edgevlm.language import Language, Slots
 from edgevlm.layout import Layout
 from edgevlm.meter import Meter
 from edgevlm.options import Options
 from edgevlm.prompt import Message, Place, Segment, Thinking
 from edgevlm.schema import check_answer
 from edgevlm.settings import Settings
+from edgevlm.tokenizer import Prompt
 
 Pictures = Picture | Sequence[Picture]
 

@@ -1,4 +1,4 @@
-"""Prompt in, tokens out: tokenizing, the cache of what was already read, sampling.
+"""Prompt in, tokens out: the cache of what was already read, prefill, sampling.
 
 The cache keeps the last conversation. A new prompt that begins alike is read only from where it
 differs, so the next question about the same picture costs only its own words.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,36 +19,16 @@ from edgevlm import prefill as prefills
 from edgevlm.answer import Device, EncodedImage, FinishReason
 from edgevlm.bundle import Bundle, adapter_file
 from edgevlm.cancel import Cancel
-from edgevlm.errors import BackendError, BundleError, ContextOverflow, PromptError
+from edgevlm.errors import BackendError, BundleError, ContextOverflow
 from edgevlm.llama import Context, Model, Sampler
 from edgevlm.memory import BATCH_TOKENS, Way
 from edgevlm.options import Options
-from edgevlm.prompt import ImageSlot, Place, Segment, Text, Tokens
+from edgevlm.prompt import ImageSlot, Place, Segment
 from edgevlm.region import Region
 from edgevlm.schema import to_grammar
+from edgevlm.tokenizer import Prompt, Tokenizer, Unit, width
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-_Unit = int | ImageSlot | Place
 _Key = int | tuple[str, int]  # a token id, or a picture's key and the number of its embedding
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenized prompt: token ids, image slots and places in order."""
-
-    units: tuple[_Unit, ...]
-
-    @property
-    def n_image_tokens(self) -> int:
-        return sum(unit.n_tokens for unit in self.units if isinstance(unit, ImageSlot))
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(_width(unit) for unit in self.units)
-
-
 _CELLS = 256  # llama.cpp makes the cache of a sequence a multiple of this
 
 
@@ -90,9 +69,7 @@ class Language:
         # a GPU reads prompts faster than the graph, which runs on the CPU.
         wanted = prefill if way.prefill and device == "cpu" else "gguf"
         self._prefill = prefills.find(bundle, wanted, threads, lambda: self._context.takes_cache())
-        self._tokenizer = _tokenizer(bundle)
-        self._image_token: str = bundle.manifest["prompt"]["image_token"]
-        self._bos: bool = bundle.manifest["prompt"]["bos"]
+        self._tokenizer = Tokenizer(bundle, self._model)
         self._defaults = bundle.manifest["generation"]
         self._region: Region | None = None
 
@@ -171,50 +148,10 @@ class Language:
             ContextOverflow: prompt and one token of answer do not fit the context.
             PromptError: the text contains the token that marks a picture.
         """
-        together = self._tokenizer is not None and self._image_token
-        encode = self._encode_together if together else self._encode_apart
-        units: list[_Unit] = [self._model.bos] if self._bos else []
-        run: list[Text | ImageSlot | Place] = []
-        for segment in (*segments, Tokens(())):
-            if isinstance(segment, Tokens):
-                units += [*encode(run), *segment.ids]
-                run = []
-            else:
-                run.append(segment)
-        prompt = Prompt(tuple(units))
+        prompt = self._tokenizer.tokenize(segments)
         if prompt.n_tokens + 1 > self._way.n_ctx:
             raise ContextOverflow(prompt.n_tokens + 1, self._way.n_ctx)
         return prompt
-
-    def _encode_together(self, segments: Sequence[Text | ImageSlot | Place]) -> list[_Unit]:
-        # One string, as the reference does it: merges may cross the borders of segments.
-        assert self._tokenizer is not None
-        marker = self._tokenizer.token_to_id(self._image_token) or -1
-        text = "".join(s.text if isinstance(s, Text) else self._image_token for s in segments)
-        slots = [s for s in segments if not isinstance(s, Text)]
-        ids = self._ids(text)
-        if ids.count(marker) != len(slots):
-            raise PromptError(f"the text contains {self._image_token}, which marks a picture")
-        remaining = iter(slots)
-        return [next(remaining) if token == marker else token for token in ids]
-
-    def _encode_apart(self, segments: Sequence[Text | ImageSlot | Place]) -> list[_Unit]:
-        # Where no token marks a picture, what stands before and after it never meets.
-        units: list[_Unit] = []
-        text = ""
-        for segment in segments:
-            if isinstance(segment, Text):
-                text += segment.text
-            else:
-                units += [*self._ids(text), segment]
-                text = ""
-        return units + self._ids(text)
-
-    def _ids(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            return self._model.tokenize(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with this LoRA adapter from now on, or with none that can be switched.
@@ -250,7 +187,7 @@ class Language:
         """
         units = list(prompt.units)
         keep = self._common_prefix(units, images)
-        position = sum(_width(unit) for unit in units[:keep])
+        position = sum(width(unit) for unit in units[:keep])
         # The graph begins at the front; reading the words before another picture again costs less
         # than what it saves.
         if 2 * position < prompt.n_tokens and (read := self._prefill_units(units, images)):
@@ -268,7 +205,7 @@ class Language:
             if unit is not None:
                 self._decode(self._rows(unit, images), _keys(unit, images), _both_ways(unit))
 
-    def _prefill_units(self, units: Sequence[_Unit], images: Sequence[EncodedImage]) -> int:
+    def _prefill_units(self, units: Sequence[Unit], images: Sequence[EncodedImage]) -> int:
         """Read the first units through the prefill graph where that pays; how many it read.
 
         Never the last one: llama.cpp reads it, and has its logits.
@@ -278,7 +215,7 @@ class Language:
         first = units[:-1][: 1 if self._prefill.bidirectional else None]
         if any(_both_ways(unit) is not self._prefill.bidirectional for unit in first):
             return 0
-        if not self._prefill.pays(sum(_width(unit) for unit in first)):
+        if not self._prefill.pays(sum(width(unit) for unit in first)):
             return 0
         rows = np.concatenate([self._rows(unit, images) for unit in first])
         self._forget_from(0)
@@ -288,7 +225,7 @@ class Language:
             self._cached += _keys(unit, images)
         return len(first)
 
-    def _rows(self, unit: _Unit, images: Sequence[EncodedImage]) -> NDArray[np.float32]:
+    def _rows(self, unit: Unit, images: Sequence[EncodedImage]) -> NDArray[np.float32]:
         """What the language model takes for a unit, float32 [n, n_embd]."""
         if isinstance(unit, int):
             return self._model.embed([unit])
@@ -307,9 +244,9 @@ class Language:
         if len(encoded) < len(images):
             return prompt.n_tokens
         keep = self._common_prefix(prompt.units, encoded)
-        return sum(_width(unit) for unit in prompt.units[keep:])
+        return sum(width(unit) for unit in prompt.units[keep:])
 
-    def _common_prefix(self, units: Sequence[_Unit], images: Sequence[EncodedImage]) -> int:
+    def _common_prefix(self, units: Sequence[Unit], images: Sequence[EncodedImage]) -> int:
         """How many units the cache holds already; the last is always read again for its logits."""
         position = 0
         for count, unit in enumerate(units[:-1]):
@@ -483,15 +420,7 @@ class Slots:
         self._context.close()
 
 
-def _tokenizer(bundle: Bundle) -> Tokenizer | None:
-    if not bundle.has("tokenizer.json"):
-        return None  # llama.cpp's own is the checkpoint's
-    from tokenizers import Tokenizer  # here, because not every model needs it
-
-    return Tokenizer.from_file(str(bundle.file("tokenizer.json")))
-
-
-def _keys(unit: _Unit, images: Sequence[EncodedImage]) -> list[_Key]:
+def _keys(unit: Unit, images: Sequence[EncodedImage]) -> list[_Key]:
     if isinstance(unit, int):
         return [unit]
     if isinstance(unit, Place):
@@ -499,9 +428,5 @@ def _keys(unit: _Unit, images: Sequence[EncodedImage]) -> list[_Key]:
     return [(images[unit.index].key, unit.first + n) for n in range(unit.n_tokens)]
 
 
-def _both_ways(unit: _Unit) -> bool:
+def _both_ways(unit: Unit) -> bool:
     return isinstance(unit, ImageSlot) and unit.bidirectional
-
-
-def _width(unit: _Unit) -> int:
-    return 1 if isinstance(unit, int) else unit.n_tokens

@@ -16,9 +16,9 @@ from PIL import Image
 from tiny_moondream import moondream
 
 import edgevlm
-from edgevlm import prefill, sequence_state
+from edgevlm import prefill
 from edgevlm.errors import BackendError, BundleError, Cancelled
-from edgevlm.llama import Model
+from edgevlm.llama import Model, sequence_state
 from edgevlm.options import Options
 from edgevlm.prompt import Message
 from edgevlm.sessions import Session

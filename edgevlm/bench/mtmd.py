@@ -22,7 +22,7 @@ from edgevlm.errors import BackendError
 
 INSTALL = "./install.sh bench"
 N_UBATCH = 1024  # a little faster here than llama.cpp's own 512
-_GOMP_SPINCOUNT = "300000"  # libgomp's own, which llama.py lowers for us
+_GOMP_SPINCOUNT = "300000"  # libgomp's own, which llama/library.py lowers for us
 _FAILED = "failed"
 
 
