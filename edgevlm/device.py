@@ -10,10 +10,13 @@ import platform
 import re
 import resource
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgevlm import cgroup
+
+_LOOKS, _BETWEEN_LOOKS_S = 4, 0.003
 
 
 def thread_budget(threads: int | None = None) -> int:
@@ -35,12 +38,22 @@ def free_threads(budget: int) -> int:
     llama.cpp's threads wait for each other at every matrix; one that has to share its core holds
     up all of them. (Linux; elsewhere the whole budget.)
     """
+    others = _others_running()
+    for _ in range(_LOOKS - 1):  # a program that computes is still there; most are not
+        if others == 0:
+            break
+        time.sleep(_BETWEEN_LOOKS_S)
+        others = min(others, _others_running())
+    return max(1, min(budget, (os.cpu_count() or 1) - others))
+
+
+def _others_running() -> int:
+    """Threads of other programs that compute now, or wait for a core."""
     try:
         running = re.search(r"^procs_running (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
     except OSError:
-        return budget
-    others = int(running[1]) - _own_running() if running else 0
-    return max(1, min(budget, (os.cpu_count() or 1) - others))
+        return 0
+    return max(0, int(running[1]) - _own_running()) if running else 0
 
 
 def _own_running() -> int:

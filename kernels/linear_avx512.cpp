@@ -1,5 +1,5 @@
 // The int8 product for CPUs with AVX-512 and VNNI: vpdpbusd adds four uint8 × int8 products to an
-// int32. Rows are uint8 around 128; what 128 adds to a sum is known from the column and subtracted.
+// int32. Rows are uint8 around 128; what 128 adds to a sum is known from the column and taken off.
 //
 // The matrix is cut into panels of 64 columns. A panel is brought into the order that the
 // instruction wants when its turn comes, which costs about a hundredth of the multiplication for
@@ -61,9 +61,10 @@ void quantize_some(void* data, size_t index) {
   }
 }
 
-// `part` rows of 64 columns → [padded / 4, 64, 4], and each column's sum, times the zero point.
+// `part` rows of 64 columns → [padded / 4, 64, 4], and what each column's sums begin with to end
+// without the zero point.
 void pack(const int8_t* weights, size_t stride, size_t part, size_t padded, __mmask64 columns,
-          int8_t* packed, int32_t* sums) {
+          int8_t* packed, int32_t* offsets) {
   __m512i sum[4] = {};
   const __m512i zero_point = _mm512_set1_epi8(static_cast<char>(kZeroPoint));
   for (size_t k = 0; k < padded; k += 4) {
@@ -92,7 +93,9 @@ void pack(const int8_t* weights, size_t stride, size_t part, size_t padded, __mm
       sum[j] = _mm512_dpbusd_epi32(sum[j], zero_point, columns16[j]);
     }
   }
-  for (size_t j = 0; j < 4; ++j) _mm512_storeu_si512(sums + 16 * j, sum[j]);
+  for (size_t j = 0; j < 4; ++j) {
+    _mm512_storeu_si512(offsets + 16 * j, _mm512_sub_epi32(_mm512_setzero_si512(), sum[j]));
+  }
 }
 
 __m512 activated(__m512 x, Activation activation, float alpha) {
@@ -138,9 +141,9 @@ class Ahead {
 };
 
 struct Panel {
-  const int8_t* packed;  // [n_parts, padded / 4, 64, 4]
-  const int32_t* sums;   // [n_parts, 64]
-  size_t first;          // column
+  const int8_t* packed;    // [n_parts, padded / 4, 64, 4]
+  const int32_t* offsets;  // [n_parts, 64]: what the sums begin with
+  size_t first;            // column
 };
 
 template <int kRows>
@@ -153,7 +156,9 @@ void multiply(const Job& job, const Panel& panel, size_t row) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_setzero_si512();
+      for (int j = 0; j < 4; ++j) {
+        sums[r][j] = _mm512_loadu_si512(panel.offsets + part * kPanel + 16 * j);
+      }
     }
     const uint8_t* integers = job.integers + row * row_bytes + part * job.padded;
     const int8_t* packed = panel.packed + part * job.padded * kPanel;
@@ -170,19 +175,15 @@ void multiply(const Job& job, const Panel& panel, size_t row) {
         for (int j = 0; j < 4; ++j) add_products(sums[r][j], rows, columns[j]);
       }
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const size_t column = panel.first + 16 * j;
-      const __mmask16 some = column < layer.n_out ? first16(layer.n_out - column) : 0;
-      const __m512 scales = _mm512_maskz_loadu_ps(some, layer.scales + column);
-      const __m512i offset = _mm512_loadu_si512(panel.sums + part * kPanel + 16 * j);
 #pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const float row_scale = job.row_scales[(row + r) * layer.n_parts + part];
-        __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][j], offset));
-        value = _mm512_mul_ps(_mm512_mul_ps(value, scales), _mm512_set1_ps(row_scale));
-        if (part > 0) value = _mm512_add_ps(_mm512_load_ps(&total[r][16 * j]), value);
-        _mm512_store_ps(&total[r][16 * j], value);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 scale = _mm512_set1_ps(job.row_scales[(row + r) * layer.n_parts + part]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512 sum = _mm512_cvtepi32_ps(sums[r][j]);
+        float* so_far = &total[r][16 * j];
+        _mm512_store_ps(so_far, part == 0 ? _mm512_mul_ps(sum, scale)
+                                          : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(so_far)));
       }
     }
   }
@@ -190,10 +191,11 @@ void multiply(const Job& job, const Panel& panel, size_t row) {
     const size_t column = panel.first + 16 * j;
     if (column >= layer.n_out) break;
     const __mmask16 some = first16(layer.n_out - column);
+    const __m512 scales = _mm512_maskz_loadu_ps(some, layer.scales + column);
     const __m512 bias = layer.bias == nullptr ? _mm512_setzero_ps()
                                               : _mm512_maskz_loadu_ps(some, layer.bias + column);
     for (int r = 0; r < kRows; ++r) {
-      const __m512 value = _mm512_add_ps(_mm512_load_ps(&total[r][16 * j]), bias);
+      const __m512 value = _mm512_fmadd_ps(_mm512_load_ps(&total[r][16 * j]), scales, bias);
       _mm512_mask_storeu_ps(layer.out + (row + r) * layer.n_out + column, some,
                             activated(value, layer.activation, layer.alpha));
     }
@@ -211,13 +213,14 @@ void multiply_some(void* data, size_t index) {
     job.failed = true;
     return;
   }
-  auto* sums = reinterpret_cast<int32_t*>(packed + panel_bytes);
+  auto* offsets = reinterpret_cast<int32_t*>(packed + panel_bytes);
   const size_t first = index % job.n_panels * kPanel;
   for (size_t part = 0; part < layer.n_parts; ++part) {
     pack(layer.weights + part * job.part * layer.n_out + first, layer.n_out, job.part, job.padded,
-         first64(layer.n_out - first), packed + part * job.padded * kPanel, sums + part * kPanel);
+         first64(layer.n_out - first), packed + part * job.padded * kPanel,
+         offsets + part * kPanel);
   }
-  const Panel panel = {packed, sums, first};
+  const Panel panel = {packed, offsets, first};
   size_t row = index / job.n_panels * job.block;
   const size_t end = least(layer.n_rows, row + job.block);
   Ahead ahead(layer, first + kAhead * kPanel, (end - row) / kTile + 1);

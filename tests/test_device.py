@@ -156,3 +156,20 @@ def test_threads_of_this_process_are_not_another_program() -> None:
         stop.set()
         for thread in busy:
             thread.join()
+
+
+@pytest.mark.parametrize(("then", "threads"), [(3, 2), (1, 4)], ids=["computes on", "ended soon"])
+def test_a_core_is_left_to_a_program_that_goes_on_computing(
+    then: int, threads: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    machine({"/proc/stat": "cpu 1 2 3\nprocs_running 3\nprocs_blocked 0\n"})
+    later = {"/proc/stat": f"procs_running {then}\n"}
+    monkeypatch.setattr("time.sleep", lambda _: machine(later))
+    assert device.free_threads(4) == threads
+
+
+def test_the_whole_budget_is_free_where_the_system_does_not_tell(machine: Machine) -> None:
+    machine({})
+    assert device.free_threads(1) == 1
+    assert device.free_threads(os.cpu_count() or 1) == os.cpu_count()
