@@ -148,8 +148,10 @@ class HandedOver:
         outputs = self._session.run_all({"rows": self._llama.model.embed(ids)}, Cancel())
         rows = []
         for n in range(STEP_TOKENS - 1, len(ids), STEP_TOKENS):
-            keys, values = [k[:n] for k in outputs[0::2]], [v[:, :n] for v in outputs[1::2]]
-            context.fill_cache(keys, values)
+            state = context.new_state(n)
+            for layer, (keys, values) in enumerate(zip(outputs[0::2], outputs[1::2], strict=True)):
+                state.keys[layer][...], state.values[layer][...] = keys[:n], values[:, :n]
+            context.fill_cache(state)
             context.decode([ids[n]], n)
             rows.append(context.logits())
         return np.stack(rows)

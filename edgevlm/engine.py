@@ -22,7 +22,6 @@ from edgevlm import (
     device,
     families,
     gaze,
-    kernels,
     many,
     placement,
     plan,
@@ -89,8 +88,6 @@ class VLM:
         self._family = families.find(bundle, settings.detail, settings.visual_tokens)
         self.plan = plan.make(bundle, settings)
         self._cancel = Cancel()
-        if kernels.operators() is None:  # ours need no large blocks besides their results
-            kernels.return_large_blocks()
         with ThreadPoolExecutor(1) as other:  # each library loads on one core, without the GIL
             encoder = other.submit(
                 Encoder,

@@ -22,8 +22,6 @@ ABI_VERSION = 1
 FILTERS = {"box": 0, "bilinear": 1, "bicubic": 2, "lanczos": 3}
 
 _OK, _CANCELLED, _INVALID_ARGUMENT, _OUT_OF_MEMORY, _UNKNOWN_TIER, _TIER_LACKING = range(6)
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_LARGE_BYTES = 256 << 10  # above what each token takes and frees, a row of logits
 _FILE_NAMES = ("libedgevlm_kernels.so", "libedgevlm_kernels.dylib")
 
 
@@ -109,18 +107,6 @@ def operators() -> Path | None:
 def abort_callback() -> ctypes.c_void_p:
     """bool (*)(void *flag): whether a Flag's int32 is set; asking it takes no GIL."""
     return ctypes.cast(_library().edgevlm_flag_is_set, ctypes.c_void_p)
-
-
-@functools.cache
-def return_large_blocks() -> None:
-    """From now on, memory that is freed in blocks of 256 KiB and more goes back to the system.
-
-    glibc raises that bound to 32 MiB with the blocks that it sees, and keeps what is smaller: four
-    crops of Moondream2's tower peaked at 4.5 GB instead of 0.9, in the same time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def trim() -> None:

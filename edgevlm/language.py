@@ -212,15 +212,19 @@ class Language:
         """
         if self._prefill is None or self._adapters:  # the graph knows nothing of adapters
             return 0
-        first = units[:-1][: 1 if self._prefill.bidirectional else None]
-        if any(_both_ways(unit) is not self._prefill.bidirectional for unit in first):
+        first = units[:-1]
+        both_ways = [unit for unit in first if _both_ways(unit)]
+        if both_ways and not (self._prefill.takes_prefix and both_ways == [*first[:1]]):
             return 0
         if not self._prefill.pays(sum(width(unit) for unit in first)):
             return 0
         rows = np.concatenate([self._rows(unit, images) for unit in first])
         self._forget_from(0)
         self._reserve(len(rows))
-        self._cancel.call(self._prefill.run, rows, self._context, self._sequence, self._cancel)
+        n_prefix = sum(width(unit) for unit in both_ways)
+        self._cancel.call(
+            self._prefill.run, rows, n_prefix, self._context, self._sequence, self._cancel
+        )
         for unit in first:
             self._cached += _keys(unit, images)
         return len(first)

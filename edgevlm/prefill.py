@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from edgevlm.sessions import Session
 # Measured at Moondream2's shape: the graph was faster from 32 rows on, and opening it took as long
 # as it saves on 300; both grow with the model alike.
 FEWEST_ROWS, FEWEST_ROWS_TO_OPEN = 32, 256
+_TYPES = {2: "tensor(float16)", 4: "tensor(float)"}
 _log = logging.getLogger("edgevlm.prefill")
 
 
@@ -28,38 +30,70 @@ class Prefill:
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._path, self._threads = bundle.file("prefill.onnx"), threads
         self._session: Session | None = None
-        # Where a picture's rows attend to each other, the graph knows nothing else.
-        self.bidirectional = bool(bundle.manifest["image"].get("bidirectional_tokens"))
+        self._memory: NDArray[np.uint8] | None = None  # of the last keys and values
+        # Whether the graph knows rows at the front that attend to each other.
+        self.takes_prefix = bool(bundle.manifest["image"].get("bidirectional_tokens"))
 
     def pays(self, n_rows: int) -> bool:
         """Whether so many rows are read sooner here than by llama.cpp."""
         return n_rows >= (FEWEST_ROWS_TO_OPEN if self._session is None else FEWEST_ROWS)
 
     def run(
-        self, rows: NDArray[np.float32], context: Context, sequence: int, cancel: Cancel
+        self,
+        rows: NDArray[np.float32],
+        n_prefix: int,
+        context: Context,
+        sequence: int,
+        cancel: Cancel,
     ) -> None:
-        """Read float32 [n, n_embd] into the empty cache of a sequence, at positions 0 to n.
+        """Read float32 [n, n_embd] into the cache of a sequence, at positions 0 to n.
+
+        The first `n_prefix` rows attend to each other; 0 where the graph `takes_prefix` not.
+        What the cache held before is gone.
 
         Raises:
-            Cancelled: `cancel` was set while the graph ran; the cache is still empty.
+            Cancelled: `cancel` was set while the graph ran; the cache is empty.
             BundleError: the graph belongs to another model.
             BackendError: ONNX Runtime or llama.cpp failed.
         """
         if self._session is None:
-            self._session = Session(self._path, self._threads)
-        outputs = self._session.run_all({"rows": rows}, cancel)
-        keys, values = outputs[0::2], outputs[1::2]
-        if (len(keys), keys[0].shape[1]) != context.cache_shape:
-            layers, width = context.cache_shape
+            self._session = self._open(context)
+        inputs: dict[str, NDArray[Any]] = {"rows": rows}
+        if self.takes_prefix:
+            inputs["n_prefix"] = np.array(n_prefix, np.int64)
+        state = context.new_state(len(rows), sequence, self._memory)
+        if self._memory is None or len(self._memory) < len(state.data):
+            self._memory = state.data
+        wanted = {f"keys.{layer}": keys for layer, keys in enumerate(state.keys)}
+        wanted |= {f"values.{layer}": values for layer, values in enumerate(state.values)}
+        if all(self._session.outputs[n][0] == _TYPES[p.itemsize] for n, p in wanted.items()):
+            self._session.run_into(inputs, wanted, cancel)
+        else:  # a context or a graph in float32, to compare with a reference
+            outputs = self._session.run_all(inputs, cancel)
+            for name, output in zip(self._session.outputs, outputs, strict=True):
+                wanted[name][...] = output
+        context.fill_cache(state, sequence)
+
+    def _open(self, context: Context) -> Session:
+        session = Session(self._path, self._threads, keeps_memory=True)
+        inputs = {"rows", "n_prefix"} if self.takes_prefix else {"rows"}
+        if session.inputs != inputs:
             raise BundleError(
-                f"{self._path} gives keys of {len(keys)} layers, {keys[0].shape[1]} wide; "
+                f"{self._path} takes {', '.join(sorted(session.inputs))}; this version gives "
+                f"{', '.join(sorted(inputs))}: export the model again"
+            )
+        layers, width = context.cache_shape
+        n_keys, keys_width = len(session.outputs) // 2, session.outputs["keys.0"][1][-1]
+        if (n_keys, keys_width) != (layers, width):
+            raise BundleError(
+                f"{self._path} gives keys of {n_keys} layers, {keys_width} wide; "
                 f"language.gguf has {layers} layers, {width} wide: export both again"
             )
-        context.fill_cache(keys, values, sequence)
+        return session
 
     def close(self) -> None:
         """Free the graph; the next run opens it again."""
-        self._session = None
+        self._session = self._memory = None
 
 
 def find(

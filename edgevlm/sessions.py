@@ -7,7 +7,7 @@ ORT threads would otherwise take the cores from llama.cpp.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
@@ -61,11 +61,13 @@ class Session:
         *,
         sha256: str = "",
         prepack: bool = True,
+        keeps_memory: bool = False,
     ) -> None:
         """Load the graph; with its `sha256`, the optimized copy of a small one is kept and used.
 
         Without `prepack` weights that lie in a file of their own stay there, mapped: slower, and
-        memory that the system can take back.
+        memory that the system can take back. With `keeps_memory` a run finds what the one before
+        computed in, instead of asking the system anew; for graphs that are run alike.
 
         Raises:
             BackendError: it cannot be loaded, or not on this device.
@@ -74,8 +76,16 @@ class Session:
         if keeps and path.stat().st_size <= graph_cache.MOST_BYTES:
             self._session = _open_kept(path, threads, graph_cache.directory(sha256, maker()))
         else:
-            self._session = _open(path, _options(threads, prepack, device), device)
-        self.output_width = self._session.get_outputs()[0].shape[-1]
+            options = _options(threads, prepack, device)
+            options.enable_mem_pattern = not keeps_memory  # a block for each size of the inputs
+            self._session = _open(path, options, device)
+        kernels.trim()  # opening leaves holes
+        self._keeps_memory = keeps_memory
+        self.inputs = {value.name for value in self._session.get_inputs()}
+        # ONNX Runtime's name of the type, and the shape; a dynamic axis has a name, too
+        self.outputs: dict[str, tuple[str, list[int | str]]] = {
+            value.name: (value.type, value.shape) for value in self._session.get_outputs()
+        }
 
     def run(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> NDArray[np.float32]:
         """Run a graph of one output on arrays by the names of its inputs.
@@ -93,8 +103,30 @@ class Session:
             Cancelled: `cancel` was set while it ran.
             BackendError: ONNX Runtime failed.
         """
+        feeds, found = dict(inputs), []
+        self._call(lambda options: found.extend(self._session.run(None, feeds, options)), cancel)
+        return found
+
+    def run_into(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        outputs: Mapping[str, NDArray[Any]],
+        cancel: Cancel,
+    ) -> None:
+        """Write the outputs into arrays of their types and shapes; raises as `run_all` does."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in outputs.items():
+            assert array.flags.c_contiguous
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._call(lambda options: self._session.run_with_iobinding(binding, options), cancel)
+
+    def _call(self, run: Callable[[ort.RunOptions], None], cancel: Cancel) -> None:
         run_options = ort.RunOptions()
         run_options.log_severity_level = _SILENT  # a terminated run is not worth a line on stderr
+        if not self._keeps_memory:  # without any arena glibc would keep more, in pieces
+            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
         def terminate() -> None:
             run_options.terminate = True
@@ -102,7 +134,7 @@ class Session:
         cancel.stops_with(terminate)
         try:
             cancel.check()
-            return list(self._session.run(None, dict(inputs), run_options))
+            run(run_options)
         except Cancelled:
             raise
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
@@ -121,7 +153,6 @@ def _options(threads: int, prepack: bool = True, device: Device = "cpu") -> ort.
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS_ONLY
-    options.enable_cpu_mem_arena = False  # the arena keeps the largest batch it ever saw
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")

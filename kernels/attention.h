@@ -19,7 +19,7 @@ struct Attention {
   size_t n_heads;
   size_t n_kv_heads;  // divides n_heads
   size_t width;       // of a head; even
-  bool causal;        // a row attends to itself and those before it
+  size_t n_front;     // rows that all attend to each other; a later one to itself and those before
 };
 
 // Needs a CPU with AVX-512 and its bfloat16 products. False: no memory, or `parallel` failed.

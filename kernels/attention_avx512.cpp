@@ -167,7 +167,7 @@ void attend(void* data, size_t index) {
     for (size_t r = 0; r < n_rows; ++r) {
       pair_up(a.queries + offset + (row + r) * out_stride, a.width, factor, queries + r * n_pairs);
     }
-    const size_t n_seen = a.causal ? row + n_rows : a.n;
+    const size_t n_seen = greatest(a.n_front, row + n_rows);
     const size_t padded = rounded_up(n_seen, kPanel);
     for (size_t panel = 0; panel < padded / kPanel; ++panel) {
       multiply<4>(queries, n_pairs, keys + panel * n_pairs * kPanel, kPanel, n_pairs,
@@ -175,7 +175,8 @@ void attend(void* data, size_t index) {
     }
     float sums[kTile];
     for (size_t r = 0; r < kTile; ++r) {
-      sums[r] = soften(scores + r * stride, a.causal ? least(row + r + 1, n_seen) : n_seen, padded);
+      const size_t n = least(greatest(a.n_front, row + r + 1), n_seen);
+      sums[r] = soften(scores + r * stride, n, padded);
     }
     const auto* weights = reinterpret_cast<const Pair*>(scores);
     for (size_t k = 0; k < job.n_columns;) {

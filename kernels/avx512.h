@@ -15,6 +15,8 @@ constexpr size_t kLine = 64;  // bytes of a cache line and of a register
 
 inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
+inline size_t greatest(size_t a, size_t b) { return a > b ? a : b; }
+
 inline size_t rounded_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 inline __mmask16 first16(size_t n) {

@@ -150,6 +150,7 @@ template <int kRows>
 void multiply(const Job& job, const Panel& panel, size_t row) {
   const Linear& layer = job.layer;
   const size_t row_bytes = job.row_bytes();
+  const bool one_part = layer.n_parts == 1;  // the row's scale last, as the function's body does it
   alignas(kLine) float total[kRows][kPanel];
   for (size_t part = 0; part < layer.n_parts; ++part) {
     __m512i sums[kRows][4];
@@ -177,7 +178,8 @@ void multiply(const Job& job, const Panel& panel, size_t row) {
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const __m512 scale = _mm512_set1_ps(job.row_scales[(row + r) * layer.n_parts + part]);
+      const __m512 scale =
+          _mm512_set1_ps(one_part ? 1 : job.row_scales[(row + r) * layer.n_parts + part]);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const __m512 sum = _mm512_cvtepi32_ps(sums[r][j]);
@@ -195,7 +197,9 @@ void multiply(const Job& job, const Panel& panel, size_t row) {
     const __m512 bias = layer.bias == nullptr ? _mm512_setzero_ps()
                                               : _mm512_maskz_loadu_ps(some, layer.bias + column);
     for (int r = 0; r < kRows; ++r) {
-      const __m512 value = _mm512_fmadd_ps(_mm512_load_ps(&total[r][16 * j]), scales, bias);
+      __m512 value = _mm512_mul_ps(_mm512_load_ps(&total[r][16 * j]), scales);
+      value = _mm512_mul_ps(value, _mm512_set1_ps(one_part ? job.row_scales[row + r] : 1));
+      value = _mm512_add_ps(value, bias);
       _mm512_mask_storeu_ps(layer.out + (row + r) * layer.n_out + column, some,
                             activated(value, layer.activation, layer.alpha));
     }

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from edgevlm_export import attention, linear
 from onnx import TensorProto, helper
 
@@ -17,37 +18,56 @@ fused_here = pytest.mark.skipif(
 )
 
 
-def model(n_heads: int, n_kv_heads: int, width: int, *, causal: bool) -> bytes:
-    """One node of an int8 graph, made from the node of the float graph."""
-    if causal:
-        theirs = helper.make_node(
-            "GroupQueryAttention", ["q", "k", "v", "", "", "last", "total"], ["y"],
-            domain=linear.CONTRIB, num_heads=n_heads, kv_num_heads=n_kv_heads,
-        )  # fmt: skip
+def model(kind: str, n_heads: int, n_kv_heads: int, width: int, *, exact: bool = False) -> bytes:
+    """One node of an int8 graph, made from the node of the float graph; or that, if `exact`."""
+    counts = {"num_heads": n_heads}
+    if kind == "causal":
+        name, domain = "GroupQueryAttention", linear.CONTRIB
+        given, counts["kv_num_heads"] = ["q", "k", "v", "", "", "last", "total"], n_kv_heads
+    elif kind == "prefix":
+        name, domain, given = attention.EXACT_PREFIX, linear.DOMAIN, ["q", "k", "v", "n_prefix"]
     else:
-        theirs = helper.make_node(
-            "MultiHeadAttention", ["q", "k", "v"], ["y"], domain=linear.CONTRIB, num_heads=n_heads
-        )
-    node = attention.replaced(theirs)
+        name, domain, given = "MultiHeadAttention", linear.CONTRIB, ["q", "k", "v"]
+    node = helper.make_node(name, given, ["y"], domain=domain, **counts)
+    if not exact:
+        node = attention.replaced(node)
     assert node is not None
     widths = {"q": n_heads * width, "k": n_kv_heads * width, "v": n_kv_heads * width}
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", "n", size])
         for name, size in widths.items()
     ]
-    if causal:
+    if kind == "causal":
         inputs.append(helper.make_tensor_value_info("last", TensorProto.INT32, ["b"]))
         inputs.append(helper.make_tensor_value_info("total", TensorProto.INT32, []))
+    if kind == "prefix":
+        inputs.append(helper.make_tensor_value_info("n_prefix", TensorProto.INT64, []))
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "n", widths["q"]])
     domains = [("", linear.OPSET), (linear.CONTRIB, 1), (linear.DOMAIN, 1)]
     made = helper.make_model(
         helper.make_graph([node], "graph", inputs, [output]),
         ir_version=8,
-        functions=[attention.function(node.op_type)],
+        functions=[attention.function(node.op_type)] if node.domain == linear.DOMAIN else [],
         opset_imports=[helper.make_opsetid(*domain) for domain in domains],
     )
     onnx.checker.check_model(made)
     return made.SerializeToString()
+
+
+def some_inputs(
+    kind: str, batch: int, n: int, n_heads: int, n_kv_heads: int, width: int, n_prefix: int = 0
+) -> dict[str, np.ndarray]:
+    """Operands that bfloat16 holds."""
+    rng = np.random.default_rng(n)
+    inputs = {
+        name: bfloat16(rng.normal(size=(batch, n, heads * width)).astype(np.float32))
+        for name, heads in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads))
+    }
+    if kind == "causal":
+        inputs |= {"last": np.full(batch, n - 1, np.int32), "total": np.array(n, np.int32)}
+    if kind == "prefix":
+        inputs["n_prefix"] = np.array(n_prefix, np.int64)
+    return inputs
 
 
 def run(graph: bytes, inputs: dict[str, np.ndarray], *, fused: bool, threads: int) -> np.ndarray:
@@ -66,49 +86,70 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return bits.astype(np.uint32).view(np.float32)
 
 
+PREFIXES = [(1, 0), (7, 7), (30, 1), (100, 70), (140, 64), (129, 128)]  # rows, prefix
+
+
 @fused_here
 @pytest.mark.parametrize(
-    ("batch", "n", "n_heads", "n_kv_heads", "width", "causal"),
+    ("kind", "batch", "n", "n_heads", "n_kv_heads", "width", "n_prefix"),
     [
-        (1, 1, 2, 2, 32, False),
-        (2, 6, 2, 2, 16, False),
-        (1, 65, 3, 3, 64, False),
-        (3, 100, 4, 4, 72, False),
-        (1, 70, 2, 2, 2, False),
-        (1, 97, 1, 1, 256, False),
-        (1, 1, 2, 1, 32, True),
-        (2, 6, 2, 2, 16, True),
-        (1, 130, 8, 2, 96, True),
-        (1, 200, 2, 1, 128, True),
+        ("all", 1, 1, 2, 2, 32, 0),
+        ("all", 2, 6, 2, 2, 16, 0),
+        ("all", 1, 65, 3, 3, 64, 0),
+        ("all", 3, 100, 4, 4, 72, 0),
+        ("all", 1, 70, 2, 2, 2, 0),
+        ("all", 1, 97, 1, 1, 256, 0),
+        ("causal", 1, 1, 2, 1, 32, 0),
+        ("causal", 2, 6, 2, 2, 16, 0),
+        ("causal", 1, 130, 8, 2, 96, 0),
+        ("causal", 1, 200, 2, 1, 128, 0),
+        *(("prefix", 2, n, 3, 3, 64, n_prefix) for n, n_prefix in PREFIXES),
     ],
 )
 def test_the_fused_attention_follows_its_function(
-    batch: int, n: int, n_heads: int, n_kv_heads: int, width: int, causal: bool
+    kind: str, batch: int, n: int, n_heads: int, n_kv_heads: int, width: int, n_prefix: int
 ) -> None:
-    rng = np.random.default_rng(n)
-    # Operands that bfloat16 holds: what remains are the softmax's weights and the order of sums.
-    inputs = {
-        name: bfloat16(rng.normal(size=(batch, n, heads * width)).astype(np.float32))
-        for name, heads in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads))
-    }
-    if causal:
-        inputs |= {"last": np.full(batch, n - 1, np.int32), "total": np.array(n, np.int32)}
-    graph = model(n_heads, n_kv_heads, width, causal=causal)
+    inputs = some_inputs(kind, batch, n, n_heads, n_kv_heads, width, n_prefix)
+    graph = model(kind, n_heads, n_kv_heads, width)
     expected = run(graph, inputs, fused=False, threads=1)
     for threads in (1, 3):
         found = run(graph, inputs, fused=True, threads=threads)
-        # Queries are scaled before they are rounded, weights are rounded to 8 bits: 2 ** -9 each.
+        # What remains are the softmax's weights and the order of sums: queries are scaled before
+        # they are rounded, weights are rounded to 8 bits, 2 ** -9 each.
         scale = np.abs(inputs["v"]).max()
         assert np.abs(found - expected).max() < 4 * 2**-9 * scale
         lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
         assert ((found * expected).sum(-1) / lengths).min() > 0.9999
 
 
+@pytest.mark.parametrize(("n", "n_prefix"), PREFIXES)
+def test_a_prefix_sees_all_of_itself_and_what_follows_only_what_is_before(
+    n: int, n_prefix: int
+) -> None:
+    inputs = some_inputs("prefix", 2, n, 3, 3, 16, n_prefix)
+    found = run(model("prefix", 3, 3, 16, exact=True), inputs, fused=False, threads=1)
+    heads = [torch.from_numpy(inputs[name].reshape(2, n, 3, 16)).transpose(1, 2) for name in "qkv"]
+    mask = torch.ones(n, n).tril().bool()
+    mask[:n_prefix, :n_prefix] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    np.testing.assert_allclose(
+        found, expected.transpose(1, 2).reshape(2, n, 48).numpy(), atol=1e-5, rtol=0
+    )
+
+
+@fused_here
+@pytest.mark.parametrize("n_prefix", [-1, 41])
+def test_a_prefix_longer_than_the_rows_is_refused(n_prefix: int) -> None:
+    inputs = some_inputs("prefix", 1, 40, 1, 1, 16, n_prefix)
+    with pytest.raises(Exception, match="the prefix is longer"):
+        run(model("prefix", 1, 1, 16), inputs, fused=True, threads=1)
+
+
 @fused_here
 def test_large_scores_do_not_overflow() -> None:
     inputs = {name: np.full((1, 40, 64), 100, np.float32) for name in "qk"}
     inputs["v"] = np.random.default_rng(0).normal(size=(1, 40, 64)).astype(np.float32)
-    graph = model(1, 1, 64, causal=False)
+    graph = model("all", 1, 1, 64)
     found = run(graph, inputs, fused=True, threads=1)
     np.testing.assert_allclose(found[0, 3], inputs["v"][0].mean(axis=0), atol=0.01)
 

@@ -97,6 +97,17 @@ def test_moondreams_parallel_blocks_and_its_prefix(
     assert found == expected
 
 
+def test_the_question_after_a_prefix_goes_through_the_graph_too(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moondream(tmp_path / "checkpoint", "2025-06-21", seed=6)
+    export(tmp_path / "checkpoint", tmp_path / "bundle", language="f32", prefill="fp32")
+    runs = counted(monkeypatch)
+    with edgevlm.load(tmp_path / "bundle", threads=1) as vlm:
+        found = vlm.ask(picture, "What is in the picture?", max_tokens=8)
+    assert runs == [found.prompt_tokens - 1] and runs[0] > found.image_tokens + 5
+
+
 def test_both_pictures_and_the_words_between_are_read(tmp_path: Path, picture: Image.Image) -> None:
     tiny.llava(tmp_path / "checkpoint", seed=7)
     export(tmp_path / "checkpoint", tmp_path / "bundle", language="f32", prefill="fp32")
@@ -189,21 +200,22 @@ def test_rows_of_the_embedding_table_equal_ggufs(tmp_path: Path, language: str) 
     model.close()
 
 
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_cancel_stops_the_graph_and_leaves_nothing_half_read(
-    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    with edgevlm.load(small(tmp_path), threads=1) as vlm:
+    with edgevlm.load(small(tmp_path, kind), threads=1) as vlm:
         encoded = vlm.encode(picture)
         expected = vlm.ask(encoded, "Two cats?", max_tokens=8).text
         vlm._language._forget_from(0)
-        whole = Session.run_all
+        whole = Session._call
 
-        def cancelled(self: Session, inputs: Any, cancel: Any) -> Any:
+        def cancelled(self: Session, *given: Any) -> None:
             vlm.cancel()
-            return whole(self, inputs, cancel)
+            whole(self, *given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "run_all", cancelled)
+            patch.setattr(Session, "_call", cancelled)
             with pytest.raises(Cancelled):
                 vlm.ask(encoded, "Two cats?")
         assert vlm._language._cached == []
@@ -217,9 +229,9 @@ def test_another_layout_of_the_cache_falls_back_with_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     bundle = small(tmp_path, "int8")
-    whole = sequence_state.pack
+    whole = sequence_state.lay_out
     monkeypatch.setattr(
-        sequence_state, "pack", lambda head, *parts: whole(head + b"\0\0\0\0", *parts)
+        sequence_state, "lay_out", lambda head, *given: whole(head + b"\0\0\0\0", *given)
     )
     with edgevlm.load(bundle, threads=1) as vlm:
         found = vlm.ask(picture, "Two cats?", max_tokens=8).text

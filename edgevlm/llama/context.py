@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from edgevlm.kernels import Flag, abort_callback
 from edgevlm.llama import sequence_state
 from edgevlm.llama.library import complaints, failure, lib
 from edgevlm.llama.model import Model
+from edgevlm.llama.sequence_state import State
 from edgevlm.llama.tap import Tap
 from edgevlm.memory import BATCH_TOKENS
 
@@ -163,37 +163,36 @@ class Context:
 
     def takes_cache(self) -> bool:
         """Whether `fill_cache` works with this library: it gives back what it was given."""
-        layers, width = self.cache_shape
-        shape = (2, layers, 1, width)
-        keys, values = np.random.default_rng(0).standard_normal(shape).astype(self._dtype)
-        given = self._state(keys, values.swapaxes(1, 2))
+        given = self.new_state(1)
+        noise = np.random.default_rng(0)
+        for part in (*given.keys, *given.values):
+            part[...] = noise.standard_normal(part.shape)
         try:
-            return self._set_state(given) and np.array_equal(self._get_state(), given)
+            return self._set_state(given.data) and np.array_equal(self._get_state(), given.data)
         finally:
             self.truncate(0)
 
-    def fill_cache(
-        self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]], sequence: int = 0
-    ) -> None:
-        """Keys [n, width] and values [width, n] of each layer become all that a sequence's cache
-        holds, at positions 0 to n. There are no logits until more is decoded.
-
-        Raises:
-            BackendError: llama.cpp does not take them.
-        """
-        complaints.clear()
-        if not self._set_state(self._state(keys, values, sequence), sequence):
-            raise failure("did not take keys and values that it did not compute")
-
-    def _state(
-        self,
-        keys: Sequence[NDArray[Any]],
-        values: Sequence[NDArray[Any]],
-        sequence: int = 0,
-    ) -> NDArray[np.uint8]:
+    def new_state(
+        self, n_positions: int, sequence: int = 0, memory: NDArray[np.uint8] | None = None
+    ) -> State:
+        """What `fill_cache` takes, its keys and values still to be filled in; in `memory`, if that
+        suffices. The cache of the sequence is emptied."""
         self.truncate(0, sequence)
         head = self._get_state(sequence)[: sequence_state.HEAD_BYTES].tobytes()
-        return sequence_state.pack(head, keys, values, self._dtype, self._n_sequences)
+        return sequence_state.lay_out(
+            head, n_positions, self.cache_shape, self._dtype, self._n_sequences, memory
+        )
+
+    def fill_cache(self, state: State, sequence: int = 0) -> None:
+        """A state becomes all that a sequence's cache holds, from position 0 on. There are no
+        logits until more is decoded.
+
+        Raises:
+            BackendError: llama.cpp does not take it.
+        """
+        complaints.clear()
+        if not self._set_state(state.data, sequence):
+            raise failure("did not take keys and values that it did not compute")
 
     def moved_to(self, make: Callable[[], Context]) -> Context:
         """A context that holds what the first sequence of this one did, which is closed.

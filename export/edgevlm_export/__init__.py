@@ -237,7 +237,7 @@ def _write_prefill(
 
     prefill.write(
         language, directory, kind,
-        bidirectional=bool(image.get("bidirectional_tokens")),
+        prefix=bool(image.get("bidirectional_tokens")),
         progress=partial(report, f"prefill {kind}"),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ rotation and gates are ONNX Runtime's contrib operators, which measured faster t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from onnx import TensorProto
 
 from edgevlm.errors import BundleError
 
-from . import precision
+from . import attention, precision
 from .gguf import Array, Language
 from .graph import Builder, Model, Progress
-from .linear import CONTRIB
+from .linear import CONTRIB, DOMAIN
 
 GRAPH, WEIGHTS = "prefill.onnx", "prefill.data"
 # Rows of a language model hold outliers: a scale for each quarter halves what int8 changes
@@ -32,7 +33,7 @@ def write(
     directory: Path,
     kind: str,
     *,
-    bidirectional: bool,
+    prefix: bool,
     progress: Progress | None = None,
 ) -> None:
     """prefill.onnx, and its weights as prefill.data; `kind` is "int8" or "fp32".
@@ -43,20 +44,21 @@ def write(
     Raises:
         BundleError: no graph can be made for this architecture.
     """
-    model = graph(language, half=kind == "int8", bidirectional=bidirectional)
+    model = graph(language, half=kind == "int8", prefix=prefix)
     if kind == "int8":
         model = precision.int8(model, parts=PARTS)
     model.save(directory / GRAPH, data=directory / WEIGHTS, progress=progress)
 
 
 def graph(
-    language: Language, *, half: bool = False, bidirectional: bool = False, hidden: bool = False
+    language: Language, *, half: bool = False, prefix: bool = False, hidden: bool = False
 ) -> Model:
     """The graph in fp32.
 
     Input `rows`: float32 [n, n_embd], at positions 0 to n. Outputs for every layer N, in float16
     where `half`: `keys.N` [n, width], rotated, and `values.N` [width, n], where width is heads of
-    keys × head. A row attends to itself and those before it; where `bidirectional`, to all.
+    keys × head. A row attends to itself and those before it. With `prefix` there is an input
+    `n_prefix`, int64 []: so many rows at the front attend to each other.
     `hidden` adds what the head would read, float32 [n, n_embd], to measure what int8 changes.
     """
     if language.arch not in _ARCHITECTURES:
@@ -64,15 +66,15 @@ def graph(
             f"no prefill graph is known for {language.arch} (known: {', '.join(_ARCHITECTURES)}): "
             "export with --prefill none"
         )
-    return _Decoder(language, half, bidirectional).build(hidden)
+    return _Decoder(language, half, prefix).build(hidden)
 
 
 class _Decoder(Builder):
-    def __init__(self, language: Language, half: bool, bidirectional: bool) -> None:
+    def __init__(self, language: Language, half: bool, prefix: bool) -> None:
         super().__init__()
         config = language.config
         self._tensors = {tensor.name: tensor for tensor in language.tensors}
-        self._config, self._half, self._bidirectional = config, half, bidirectional
+        self._config, self._half, self._prefix = config, half, prefix
         self._n_layers: int = config["num_hidden_layers"]
         self._n_heads: int = config["num_attention_heads"]
         self._n_kv_heads: int = config["num_key_value_heads"]
@@ -83,13 +85,17 @@ class _Decoder(Builder):
 
     def build(self, hidden: bool) -> Model:
         value = self.input("rows", np.float32, ["n", self._config["hidden_size"]])
+        if self._prefix:
+            self._n_prefix = self.input("n_prefix", np.int64, [])
         self._place(value)
         for layer in range(self._n_layers):
             value = self._block(layer, value, only_keys=layer + 1 == self._n_layers and not hidden)
         if hidden:
             value = self._norm("output_norm", value)
             self.result(value, "hidden", np.float32, ["n", self._config["hidden_size"]])
-        return self.model()
+        model = self.model()
+        exact = (attention.function(attention.EXACT_PREFIX),) if self._prefix else ()
+        return replace(model, functions=exact)
 
     def _place(self, rows: str) -> None:
         """Positions, and the angles that llama.cpp's rope turns pairs by."""
@@ -166,11 +172,12 @@ class _Decoder(Builder):
 
     def _attention(self, query: str, key: str, values: str) -> str:
         """[1, n, heads × head] → [n, heads × head]"""
-        if self._bidirectional:
+        if self._prefix:
             key, values = self._repeated(key), self._repeated(values)
             mixed = self.op(
-                "MultiHeadAttention", query, key, values, domain=CONTRIB, num_heads=self._n_heads
-            )
+                attention.EXACT_PREFIX, query, key, values, self._n_prefix,
+                domain=DOMAIN, num_heads=self._n_heads,
+            )  # fmt: skip
         else:
             total = self.op("Cast", self._n, to=TensorProto.INT32)
             last = self.op("Sub", total, self.constant([1], np.int32))
