@@ -75,7 +75,7 @@ class Prefill:
         context.fill_cache(state, sequence)
 
     def _open(self, context: Context) -> Session:
-        session = Session(self._path, self._threads, keeps_memory=True)
+        session = Session(self._path, self._threads, sizes_vary=True)
         inputs = {"rows", "n_prefix"} if self.takes_prefix else {"rows"}
         if session.inputs != inputs:
             raise BundleError(

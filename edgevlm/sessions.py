@@ -61,13 +61,13 @@ class Session:
         *,
         sha256: str = "",
         prepack: bool = True,
-        keeps_memory: bool = False,
+        sizes_vary: bool = False,
     ) -> None:
         """Load the graph; with its `sha256`, the optimized copy of a small one is kept and used.
 
         Without `prepack` weights that lie in a file of their own stay there, mapped: slower, and
-        memory that the system can take back. With `keeps_memory` a run finds what the one before
-        computed in, instead of asking the system anew; for graphs that are run alike.
+        memory that the system can take back. Where inputs are of few sizes, what a run takes is
+        planned from the run before, and held as one block; `sizes_vary` does without.
 
         Raises:
             BackendError: it cannot be loaded, or not on this device.
@@ -77,34 +77,40 @@ class Session:
             self._session = _open_kept(path, threads, graph_cache.directory(sha256, maker()))
         else:
             options = _options(threads, prepack, device)
-            options.enable_mem_pattern = not keeps_memory  # a block for each size of the inputs
+            options.enable_mem_pattern = not sizes_vary
             self._session = _open(path, options, device)
         kernels.trim()  # opening leaves holes
-        self._keeps_memory = keeps_memory
         self.inputs = {value.name for value in self._session.get_inputs()}
         # ONNX Runtime's name of the type, and the shape; a dynamic axis has a name, too
         self.outputs: dict[str, tuple[str, list[int | str]]] = {
             value.name: (value.type, value.shape) for value in self._session.get_outputs()
         }
 
-    def run(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> NDArray[np.float32]:
-        """Run a graph of one output on arrays by the names of its inputs.
-
-        Raises:
-            Cancelled, BackendError: as `run_all` does.
-        """
-        (output,) = self.run_all(inputs, cancel)
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel, *, keeps_memory: bool = False
+    ) -> NDArray[np.float32]:
+        """Run a graph of one output on arrays by the names of its inputs; see `run_all`."""
+        (output,) = self.run_all(inputs, cancel, keeps_memory=keeps_memory)
         return np.asarray(output, dtype=np.float32)
 
-    def run_all(self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel) -> list[NDArray[Any]]:
+    def run_all(
+        self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel, *, keeps_memory: bool = False
+    ) -> list[NDArray[Any]]:
         """All outputs, in the graph's order and types.
+
+        With `keeps_memory` the next run finds what this one computed in, which takes less time
+        than asking the system for it anew.
 
         Raises:
             Cancelled: `cancel` was set while it ran.
             BackendError: ONNX Runtime failed.
         """
         feeds, found = dict(inputs), []
-        self._call(lambda options: found.extend(self._session.run(None, feeds, options)), cancel)
+        self._call(
+            lambda options: found.extend(self._session.run(None, feeds, options)),
+            cancel,
+            keeps_memory,
+        )
         return found
 
     def run_into(
@@ -113,19 +119,26 @@ class Session:
         outputs: Mapping[str, NDArray[Any]],
         cancel: Cancel,
     ) -> None:
-        """Write the outputs into arrays of their types and shapes; raises as `run_all` does."""
+        """Write the outputs into arrays of their types and shapes, and keep the memory; raises as
+        `run_all` does."""
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         for name, array in outputs.items():
             assert array.flags.c_contiguous
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._call(lambda options: self._session.run_with_iobinding(binding, options), cancel)
+        self._call(
+            lambda options: self._session.run_with_iobinding(binding, options),
+            cancel,
+            keeps_memory=True,
+        )
 
-    def _call(self, run: Callable[[ort.RunOptions], None], cancel: Cancel) -> None:
+    def _call(
+        self, run: Callable[[ort.RunOptions], None], cancel: Cancel, keeps_memory: bool
+    ) -> None:
         run_options = ort.RunOptions()
         run_options.log_severity_level = _SILENT  # a terminated run is not worth a line on stderr
-        if not self._keeps_memory:  # without any arena glibc would keep more, in pieces
+        if not keeps_memory:  # without any arena glibc would keep more, in pieces
             run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
         def terminate() -> None:

@@ -30,7 +30,11 @@ def encode(
     Raises:
         BundleError: the graph gives another number of tokens than bundle.json says.
     """
-    parts = [session.run(inputs, cancel) for inputs in runs(patches, layout, family)]
+    # Tiles that go through the graph together, 0.1 GB each, would keep it from the language model.
+    parts = [
+        session.run(inputs, cancel, keeps_memory=len(inputs["patches"]) == 1)
+        for inputs in runs(patches, layout, family)
+    ]
     features = np.concatenate(parts)  # float32 [n_tiles, tokens a tile, n_embd]
     embeddings = family.merge(features, layout)
     if len(embeddings) != layout.n_tokens:

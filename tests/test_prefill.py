@@ -210,9 +210,9 @@ def test_cancel_stops_the_graph_and_leaves_nothing_half_read(
         vlm._language._forget_from(0)
         whole = Session._call
 
-        def cancelled(self: Session, *given: Any) -> None:
+        def cancelled(self: Session, *given: Any, **more: Any) -> None:
             vlm.cancel()
-            whole(self, *given)
+            whole(self, *given, **more)
 
         with monkeypatch.context() as patch:
             patch.setattr(Session, "_call", cancelled)

@@ -9,6 +9,7 @@ rotation and gates are ONNX Runtime's contrib operators, which measured faster t
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +140,11 @@ class _Decoder(Builder):
         return self.op("SimplifiedLayerNormalization", value, scale, axis=-1, epsilon=eps)
 
     def _query_key_value(self, name: str, value: str) -> tuple[str, str, str]:
-        """[1, n, heads × head] each; one product where the file keeps one matrix."""
+        """[1, n, heads × head] each; a product each, since taking one's result apart costs more."""
         if f"{name}.attn_qkv.weight" in self._tensors:
-            fused = self._linear(f"{name}.attn_qkv", value)
-            sizes = self.constant([self._n_heads * self._head, *[self._width] * 2], np.int64)
-            parts = self.ops("Split", 3, fused, sizes, axis=-1)
+            ends = np.cumsum([0, self._n_heads * self._head, self._width, self._width])
+            rows = [slice(*pair) for pair in pairwise(ends.tolist())]
+            parts = [self._linear(f"{name}.attn_qkv", value, part) for part in rows]
         else:
             parts = [self._linear(f"{name}.attn_{part}", value) for part in "qkv"]
         query, key, values = (self.op("Unsqueeze", part, self._front) for part in parts)
@@ -198,29 +199,35 @@ class _Decoder(Builder):
         return self.op("Reshape", heads, self.constant([1, -1, times * self._width], np.int64))
 
     def _mlp(self, name: str, value: str) -> str:
+        n_inner = self._tensors[f"{name}.ffn_down.weight"].shape[1]
+        n_up = self._tensors[f"{name}.ffn_up.weight"].shape[0]
         if f"{name}.ffn_gate.weight" in self._tensors:
             gate, up = (self._linear(f"{name}.ffn_{part}", value) for part in ("gate", "up"))
-        elif (
-            self._tensors[f"{name}.ffn_down.weight"].shape[1] * 2
-            == (self._tensors[f"{name}.ffn_up.weight"].shape[0])
-        ):  # phi3: both in one matrix, the gate first
-            gate, up = self.ops("Split", 2, self._linear(f"{name}.ffn_up", value), axis=-1)
+        elif n_up == 2 * n_inner:  # phi3: both in one matrix, the gate first
+            halves = slice(0, n_inner), slice(n_inner, n_up)
+            gate, up = (self._linear(f"{name}.ffn_up", value, half) for half in halves)
         else:
             inner = self.activation(self._linear(f"{name}.ffn_up", value), "gelu_new")
             return self._linear(f"{name}.ffn_down", inner)
         gated = self.op("Mul", self.activation(gate, "silu"), up)
         return self._linear(f"{name}.ffn_down", gated)
 
-    def _linear(self, name: str, value: str) -> str:
+    def _linear(self, name: str, value: str, part: slice | None = None) -> str:
+        """A product with the matrix of that name, or with a part of its rows."""
         tensor, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
+        rows = part or slice(0, tensor.shape[0])
 
         def transposed() -> Array:
-            return np.asarray(tensor.load().T)
+            return np.asarray(tensor.load()[rows].T)
 
-        n_out, n_in = tensor.shape
-        return self.linear(
-            value, name, (n_in, n_out), transposed, None if bias is None else bias.load
-        )
+        def of_part() -> Array:
+            assert bias is not None
+            return bias.load()[rows]
+
+        if part is not None:
+            name = f"{name}.{part.start}"
+        shape = (tensor.shape[1], rows.stop - rows.start)
+        return self.linear(value, name, shape, transposed, None if bias is None else of_part)
 
     def _stored(self, name: str) -> str:
         tensor = self._tensors[name]
