@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm import kernels
 from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BackendError, BundleError
 from edgevlm.llama import Context
 from edgevlm.sessions import Session
 
-# Measured at Moondream2's shape: the graph was faster from 32 rows on, and opening it took as long
-# as it saves on 300; both grow with the model alike.
-FEWEST_ROWS, FEWEST_ROWS_TO_OPEN = 32, 256
+# Measured at Moondream2's shape: the graph was faster from 32 rows on. Opening it took as long as
+# it saves on 60 with our operators, which take weights as they are mapped, and on 300 without,
+# because ONNX Runtime packs them; all of it grows with the model alike.
+FEWEST_ROWS = 32
 _TYPES = {2: "tensor(float16)", 4: "tensor(float)"}
 _log = logging.getLogger("edgevlm.prefill")
 
@@ -36,7 +38,7 @@ class Prefill:
 
     def pays(self, n_rows: int) -> bool:
         """Whether so many rows are read sooner here than by llama.cpp."""
-        return n_rows >= (FEWEST_ROWS_TO_OPEN if self._session is None else FEWEST_ROWS)
+        return n_rows >= (fewest_rows_to_open() if self._session is None else FEWEST_ROWS)
 
     def run(
         self,
@@ -94,6 +96,10 @@ class Prefill:
     def close(self) -> None:
         """Free the graph; the next run opens it again."""
         self._session = self._memory = None
+
+
+def fewest_rows_to_open() -> int:
+    return 256 if kernels.operators() is None else 64
 
 
 def find(

@@ -166,7 +166,7 @@ def test_a_pair_is_verified_against_its_checkpoint(
 def test_a_prefill_graph_is_made_of_the_language_file(
     tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(prefill, "FEWEST_ROWS_TO_OPEN", 2)
+    monkeypatch.setattr(prefill, "fewest_rows_to_open", lambda: 2)
     _, own, language, mmproj = pair(tmp_path, text=text)
     prompt = {"llama": "vicuna", "qwen2": "chatml"}.get(text)
     bundle = export_pair(language, mmproj, tmp_path / "out", prompt=prompt, prefill="fp32")

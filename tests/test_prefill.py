@@ -51,8 +51,8 @@ DECODERS = {
 
 @pytest.fixture(autouse=True)
 def _short_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FEWEST_ROWS", "FEWEST_ROWS_TO_OPEN"):
-        monkeypatch.setattr(prefill, name, 2)
+    monkeypatch.setattr(prefill, "FEWEST_ROWS", 2)
+    monkeypatch.setattr(prefill, "fewest_rows_to_open", lambda: 2)
 
 
 def answer(
@@ -168,7 +168,7 @@ def test_a_prompt_of_few_rows_is_left_to_llama_cpp(
 ) -> None:
     bundle = small(tmp_path)
     runs = counted(monkeypatch)
-    monkeypatch.setattr(prefill, "FEWEST_ROWS_TO_OPEN", 1000)
+    monkeypatch.setattr(prefill, "fewest_rows_to_open", lambda: 1000)
     with edgevlm.load(bundle, threads=1) as vlm:
         vlm.ask(picture, "Two cats?", max_tokens=2)
     assert not runs
