@@ -6,7 +6,7 @@ not fit is run in a smaller way (memory.py has them in order), and refused where
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgevlm import device, memory, probe
@@ -62,6 +62,8 @@ def make(bundle: Bundle, settings: Settings) -> Plan:
     """
     repacks = probe.verdict().extra_buffers
     needs = memory.of_bundle(bundle, extra_buffers=repacks, precise=settings.precise)
+    if settings.prefill == "gguf":
+        needs = replace(needs, prefill_bytes=0)  # nothing opens the graph
     # what this process holds already is part of the plan
     bound = settings.max_ram or device.available_memory_bytes() + device.rss_bytes()
     way = memory.fitting(needs, bound)

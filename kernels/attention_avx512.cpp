@@ -117,6 +117,16 @@ void multiply(const Pair* rows, size_t row_pairs, const Pair* columns, size_t co
   }
 }
 
+// The same for 16, 32, 48 or 64 columns.
+void multiply_columns(size_t n_columns, const Pair* rows, size_t row_pairs, const Pair* columns,
+                      size_t column_pairs, size_t n_pairs, float* out, size_t out_stride) {
+  const auto product = n_columns == 64   ? multiply<4>
+                       : n_columns == 48 ? multiply<3>
+                       : n_columns == 32 ? multiply<2>
+                                         : multiply<1>;
+  product(rows, row_pairs, columns, column_pairs, n_pairs, out, out_stride);
+}
+
 // exp(score - largest) of the first `n` scores, in place and as pairs, 0 up to `padded`; their sum.
 float soften(float* scores, size_t n, size_t padded) {
   __m512 peaks = _mm512_set1_ps(-INFINITY);
@@ -130,7 +140,7 @@ float soften(float* scores, size_t n, size_t padded) {
   for (size_t i = 0; i < padded; i += 16) {
     const __mmask16 some = i < n ? first16(n - i) : 0;
     const __m512 shifted = _mm512_sub_ps(_mm512_load_ps(scores + i), peak);
-    const __m512 weight = _mm512_maskz_mov_ps(some, exponential(shifted));
+    const __m512 weight = _mm512_maskz_mov_ps(some, exponential<4>(shifted));
     sum = _mm512_add_ps(sum, weight);
     _mm256_store_si256(reinterpret_cast<__m256i*>(narrow + i), narrowed(weight));
   }
@@ -168,10 +178,10 @@ void attend(void* data, size_t index) {
       pair_up(a.queries + offset + (row + r) * out_stride, a.width, factor, queries + r * n_pairs);
     }
     const size_t n_seen = greatest(a.n_front, row + n_rows);
-    const size_t padded = rounded_up(n_seen, kPanel);
-    for (size_t panel = 0; panel < padded / kPanel; ++panel) {
-      multiply<4>(queries, n_pairs, keys + panel * n_pairs * kPanel, kPanel, n_pairs,
-                  scores + panel * kPanel, stride);
+    const size_t padded = rounded_up(n_seen, 16);
+    for (size_t k = 0; k < padded; k += kPanel) {
+      multiply_columns(least(kPanel, padded - k), queries, n_pairs, keys + k * n_pairs, kPanel,
+                       n_pairs, scores + k, stride);
     }
     float sums[kTile];
     for (size_t r = 0; r < kTile; ++r) {
@@ -179,14 +189,9 @@ void attend(void* data, size_t index) {
       sums[r] = soften(scores + r * stride, n, padded);
     }
     const auto* weights = reinterpret_cast<const Pair*>(scores);
-    for (size_t k = 0; k < job.n_columns;) {
-      const size_t wide = least(4, (job.n_columns - k) / 16);
-      const auto product = wide == 4   ? multiply<4>
-                           : wide == 3 ? multiply<3>
-                           : wide == 2 ? multiply<2>
-                                       : multiply<1>;
-      product(weights, stride, values + k, job.n_columns, padded / 2, mixed + k, job.n_columns);
-      k += 16 * wide;
+    for (size_t k = 0; k < job.n_columns; k += kPanel) {
+      multiply_columns(least(kPanel, job.n_columns - k), weights, stride, values + k, job.n_columns,
+                       padded / 2, mixed + k, job.n_columns);
     }
     for (size_t r = 0; r < n_rows; ++r) {
       const __m512 scale = _mm512_set1_ps(1 / sums[r]);

@@ -31,6 +31,7 @@ NEEDS = Needs(
     language_bytes=500 * MB,
     prefill_bytes=0,
     repacks=True,
+    reads_plain=False,
     buffer_bytes=20 * MB,
     cache_bytes_a_token=80_000,
     score_bytes_a_token=20_000,
@@ -55,6 +56,23 @@ def test_ways_come_in_the_order_of_what_they_cost_the_user() -> None:
     assert memory.ways(replace(NEEDS, repacks=False)) == plain
     without = replace(RESIDENT, prefill=False)
     assert memory.ways(replace(NEEDS, prefill_bytes=MB)) == [RESIDENT, without, APART]
+
+
+def test_weights_stay_plain_where_llama_reads_prompts_from_them_sooner() -> None:
+    reading = replace(NEEDS, reads_plain=True)
+    assert [way.repacked for way in memory.ways(reading)] == [False, False]
+    graph_reads = memory.ways(replace(reading, prefill_bytes=MB))
+    assert [way.repacked for way in graph_reads] == [True, False, False]
+
+
+def test_a_prefill_graph_that_nothing_opens_is_no_part_of_the_plan(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_graph = replace(memory.of_bundle(bundle), prefill_bytes=MB)
+    monkeypatch.setattr(memory, "of_bundle", lambda *_, **__: has_graph)
+    with_graph, without = (plan.make(bundle, Settings(prefill=name)) for name in ("auto", "gguf"))
+    assert with_graph.peak_bytes - without.peak_bytes == MB
+    assert not without.gives_up
 
 
 def test_a_prefill_graph_that_does_not_fit_is_left_out() -> None:
@@ -110,6 +128,7 @@ def test_the_fastest_way_within_the_bound_is_taken(bound_mb: int, way: Way | Non
         opening_bytes=st.integers(0, 10**10),
         prefill_bytes=st.integers(0, 10**10),
         repacks=st.booleans(),
+        reads_plain=st.booleans(),
         buffer_bytes=st.integers(0, 10**9),
         cache_bytes_a_token=st.integers(0, 10**6),
         score_bytes_a_token=st.integers(0, 10**6),
@@ -157,6 +176,18 @@ def test_weights_are_repacked_where_llama_can(bundle: Bundle) -> None:
     assert not memory.of_bundle(bundle, extra_buffers=False).repacks
     plain = {**bundle.manifest, "quantization": {"vision": "fp32", "language": "f16"}}
     assert not memory.of_bundle(Bundle(bundle.path, plain)).repacks
+
+
+@pytest.mark.parametrize(
+    ("machine", "kind", "plain"),
+    [("x86_64", "q4_k_m", True), ("x86_64", "q4_0", False), ("aarch64", "q4_k_m", False)],
+)
+def test_what_is_read_plain_was_measured(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, machine: str, kind: str, plain: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    manifest = {**bundle.manifest, "quantization": {"vision": "fp32", "language": kind}}
+    assert memory.of_bundle(Bundle(bundle.path, manifest)).reads_plain is plain
 
 
 def test_a_model_that_was_not_fetched_yet_has_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
