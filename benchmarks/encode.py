@@ -39,7 +39,7 @@ PEER = "mtmd f16"
 def ours(path: Path, shape: Shape, threads: int) -> Encode:
     session, cancel = Session(path, threads), Cancel()
     inputs = {"patches": picture(shape)}
-    return lambda: session.run(inputs, cancel)
+    return lambda: session.run(inputs, cancel, keeps_memory=True)  # as the runtime does for a tile
 
 
 def picture(shape: Shape) -> NDArray[np.uint8]:

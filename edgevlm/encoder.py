@@ -97,7 +97,7 @@ class Encoder:
             self._model_sha256,
             f"exact_decode={settings.exact_decode}",
             f"pillow {PIL.__version__}",
-            f"onnxruntime {sessions.version()} on {device}",
+            f"onnxruntime {sessions.maker()} on {device}",
         )
 
     def _open_session(self) -> sessions.Session:

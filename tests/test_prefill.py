@@ -242,6 +242,14 @@ def test_another_layout_of_the_cache_falls_back_with_one_line(
         assert vlm.ask(picture, "Two cats?", max_tokens=8).text == found
 
 
+def test_a_graph_with_other_inputs_is_named(tmp_path: Path, picture: Image.Image) -> None:
+    with edgevlm.load(small(tmp_path), threads=1) as vlm:
+        assert vlm._language._prefill is not None
+        vlm._language._prefill.takes_prefix = True  # as if the family had a bidirectional prefix
+        with pytest.raises(BundleError, match=r"takes rows; .* gives n_prefix, rows: export"):
+            vlm.ask(picture, "Two cats?")
+
+
 def test_int8_asked_for_and_absent_is_an_error(tmp_path: Path) -> None:
     tiny.llava(tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "bundle")
