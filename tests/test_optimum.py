@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, obje
     for name in models:  # as transformers 4 calls them
         file = path / name / "preprocessor_config.json"
         file.write_text(file.read_text().replace("ProcessorPil", "Processor"))
-    exact = ["--llm", "f32", "--vision", "fp32", "-q"]
+    exact = ["--llm", "f32", "--vision", "fp32", "--prefill", "none", "-q"]
     verbs: list[list[str]] = []
     for name in models:
         source, out = str(path / name), str(path / f"{name}-out")
