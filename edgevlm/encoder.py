@@ -103,10 +103,11 @@ class Encoder:
     def _open_session(self) -> sessions.Session:
         path = self._bundle.file("vision.onnx")
         session = sessions.Session(path, self._threads, self._device, sha256=self._model_sha256)
-        (_, shape), expected = next(iter(session.outputs.values())), self._bundle.manifest["n_embd"]
-        if shape[-1] != expected:
+        (_, shape), *_ = session.outputs.values()
+        width, expected = shape[-1], self._bundle.manifest["n_embd"]
+        if width != expected:
             raise BundleError(
-                f"vision.onnx gives {shape[-1]}-wide embeddings; language.gguf expects {expected} "
+                f"vision.onnx gives {width}-wide embeddings; language.gguf expects {expected} "
                 "(bundle.json): export both again"
             )
         return session

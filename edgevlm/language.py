@@ -212,16 +212,16 @@ class Language:
         """
         if self._prefill is None or self._adapters:  # the graph knows nothing of adapters
             return 0
-        first = units[:-1]
-        both_ways = [unit for unit in first if _both_ways(unit)]
-        if both_ways and not (self._prefill.takes_prefix and both_ways == [*first[:1]]):
+        first = [*units[:-1]]
+        prefix = [unit for unit in first if _both_ways(unit)]
+        if prefix and not (self._prefill.takes_prefix and prefix == first[:1]):
             return 0
         if not self._prefill.pays(sum(width(unit) for unit in first)):
             return 0
         rows = np.concatenate([self._rows(unit, images) for unit in first])
         self._forget_from(0)
         self._reserve(len(rows))
-        n_prefix = sum(width(unit) for unit in both_ways)
+        n_prefix = sum(width(unit) for unit in prefix)
         self._cancel.call(
             self._prefill.run, rows, n_prefix, self._context, self._sequence, self._cancel
         )

@@ -50,7 +50,7 @@ class Prefill:
     ) -> None:
         """Read float32 [n, n_embd] into the cache of a sequence, at positions 0 to n.
 
-        The first `n_prefix` rows attend to each other; 0 where the graph `takes_prefix` not.
+        The first `n_prefix` rows attend to each other; 0 unless the graph `takes_prefix`.
         What the cache held before is gone.
 
         Raises:
