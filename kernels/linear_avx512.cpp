@@ -2,8 +2,8 @@
 // int32. Rows are uint8 around 128; what 128 adds to a sum is known from the column and taken off.
 //
 // The matrix is cut into panels of 64 columns. A panel is brought into the order that the
-// instruction wants when its turn comes, which costs about a hundredth of the multiplication for
-// the hundreds of rows of a picture, so no second copy of the weights is kept.
+// instruction wants when its turn comes, which costs a twentieth of the multiplication for the
+// hundreds of rows of a picture, so no second copy of the weights is kept.
 #include <atomic>
 #include <cstring>
 
@@ -16,8 +16,12 @@ namespace {
 constexpr size_t kPanel = 64;           // columns: four registers of 16 sums
 constexpr size_t kTile = 6;             // rows: 24 registers hold the sums
 constexpr size_t kBlock = 128 * kTile;  // rows of one task
-constexpr size_t kAhead = 2;            // panels
-constexpr size_t kRowsPerTask = 16;     // when rounding
+constexpr size_t kChunk = 2048;         // rows of the matrix that are packed at a time,
+constexpr size_t kFewChunk = 256;       // or, for few rows, what the L1 cache holds beside them
+constexpr size_t kFew = 64;
+constexpr size_t kAhead = 64;        // rows of the matrix that are asked for ahead of use: they
+                                     // lie too far apart for the CPU to guess
+constexpr size_t kRowsPerTask = 16;  // when rounding
 constexpr float kLargest = 127;
 constexpr float kSmallestPeak = 1e-9F;  // an empty row would divide by 0
 constexpr int kZeroPoint = 128;
@@ -28,6 +32,7 @@ struct Job {
   size_t padded;  // length of a part, rounded up to a multiple of 4
   size_t n_panels;
   size_t block;       // rows of one task
+  size_t chunk;       // rows of the matrix that are packed at a time, of one part
   uint8_t* integers;  // [n_rows, n_parts, padded]
   float* row_scales;  // [n_rows, n_parts]
   std::atomic<bool> failed{false};
@@ -70,6 +75,7 @@ void pack(const int8_t* weights, size_t stride, size_t part, size_t padded, __mm
   for (size_t k = 0; k < padded; k += 4) {
     __m512i row[4] = {};
     for (size_t i = 0; i < least(4, part - k); ++i) {
+      _mm_prefetch(weights + (k + i + kAhead) * stride, _MM_HINT_T1);
       row[i] = _mm512_maskz_loadu_epi8(columns, weights + (k + i) * stride);
     }
     const __m512i low01 = _mm512_unpacklo_epi8(row[0], row[1]);
@@ -117,87 +123,65 @@ inline void add_products(__m512i& sum, __m512i rows, __m512i columns) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(rows), "v"(columns));
 }
 
-// Asks for the columns of a later panel while this one is multiplied, which leaves the memory idle:
-// their lines lie a row of the matrix apart, too far for the CPU to guess.
-class Ahead {
- public:
-  Ahead(const Linear& layer, size_t column, size_t n_steps)
-      : stride_(layer.n_out),
-        left_(column < layer.n_out ? layer.n_in : 0),
-        per_step_(layer.n_in / n_steps + 1),
-        next_(layer.weights + column) {}
-
-  void step() {
-    const size_t n = least(per_step_, left_);
-    for (size_t i = 0; i < n; ++i, next_ += stride_) _mm_prefetch(next_, _MM_HINT_T1);
-    left_ -= n;
-  }
-
- private:
-  size_t stride_;
-  size_t left_;  // rows of the matrix
-  size_t per_step_;
-  const int8_t* next_;
+// Some rows of 64 columns in the order of `pack`.
+struct Chunk {
+  const int8_t* packed;
+  const int32_t* offsets;  // [64]: what the sums begin with
+  size_t part;             // that the rows belong to, and
+  size_t begin;            // where in it they begin
+  size_t padded;           // how many they are, rounded up to a multiple of 4
+  bool first, last;        // of the columns
 };
 
-struct Panel {
-  const int8_t* packed;    // [n_parts, padded / 4, 64, 4]
-  const int32_t* offsets;  // [n_parts, 64]: what the sums begin with
-  size_t first;            // column
-};
-
+// Adds a chunk's products with `kRows` rows to `total`, and puts it out after the last chunk.
 template <int kRows>
-void multiply(const Job& job, const Panel& panel, size_t row) {
+void multiply(const Job& job, const Chunk& chunk, size_t row, size_t panel, float* total) {
   const Linear& layer = job.layer;
   const size_t row_bytes = job.row_bytes();
   const bool one_part = layer.n_parts == 1;  // the row's scale last, as the function's body does it
-  alignas(kLine) float total[kRows][kPanel];
-  for (size_t part = 0; part < layer.n_parts; ++part) {
-    __m512i sums[kRows][4];
+  __m512i sums[kRows][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_loadu_si512(chunk.offsets + 16 * j);
+  }
+  const uint8_t* integers = job.integers + row * row_bytes + chunk.part * job.padded + chunk.begin;
+  const int8_t* packed = chunk.packed;
+  for (size_t k = 0; k < chunk.padded; k += 4, packed += 4 * kPanel) {
+    const __m512i columns[4] = {_mm512_load_si512(packed), _mm512_load_si512(packed + kLine),
+                                _mm512_load_si512(packed + 2 * kLine),
+                                _mm512_load_si512(packed + 3 * kLine)};
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      std::memcpy(&four, integers + r * row_bytes + k, sizeof four);
+      const __m512i rows = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        sums[r][j] = _mm512_loadu_si512(panel.offsets + part * kPanel + 16 * j);
-      }
-    }
-    const uint8_t* integers = job.integers + row * row_bytes + part * job.padded;
-    const int8_t* packed = panel.packed + part * job.padded * kPanel;
-    for (size_t k = 0; k < job.padded; k += 4, packed += 4 * kPanel) {
-      const __m512i columns[4] = {_mm512_load_si512(packed), _mm512_load_si512(packed + kLine),
-                                  _mm512_load_si512(packed + 2 * kLine),
-                                  _mm512_load_si512(packed + 3 * kLine)};
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        int32_t four;
-        std::memcpy(&four, integers + r * row_bytes + k, sizeof four);
-        const __m512i rows = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) add_products(sums[r][j], rows, columns[j]);
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 scale =
-          _mm512_set1_ps(one_part ? 1 : job.row_scales[(row + r) * layer.n_parts + part]);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512 sum = _mm512_cvtepi32_ps(sums[r][j]);
-        float* so_far = &total[r][16 * j];
-        _mm512_store_ps(so_far, part == 0 ? _mm512_mul_ps(sum, scale)
-                                          : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(so_far)));
-      }
+      for (int j = 0; j < 4; ++j) add_products(sums[r][j], rows, columns[j]);
     }
   }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    const __m512 scale =
+        _mm512_set1_ps(one_part ? 1 : job.row_scales[(row + r) * layer.n_parts + chunk.part]);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 sum = _mm512_cvtepi32_ps(sums[r][j]);
+      float* so_far = total + r * kPanel + 16 * j;
+      _mm512_store_ps(so_far, chunk.first ? _mm512_mul_ps(sum, scale)
+                                          : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(so_far)));
+    }
+  }
+  if (!chunk.last) return;
   for (size_t j = 0; j < 4; ++j) {
-    const size_t column = panel.first + 16 * j;
+    const size_t column = panel + 16 * j;
     if (column >= layer.n_out) break;
     const __mmask16 some = first16(layer.n_out - column);
     const __m512 scales = _mm512_maskz_loadu_ps(some, layer.scales + column);
     const __m512 bias = layer.bias == nullptr ? _mm512_setzero_ps()
                                               : _mm512_maskz_loadu_ps(some, layer.bias + column);
     for (int r = 0; r < kRows; ++r) {
-      __m512 value = _mm512_mul_ps(_mm512_load_ps(&total[r][16 * j]), scales);
+      __m512 value = _mm512_mul_ps(_mm512_load_ps(total + r * kPanel + 16 * j), scales);
       value = _mm512_mul_ps(value, _mm512_set1_ps(one_part ? job.row_scales[row + r] : 1));
       value = _mm512_add_ps(value, bias);
       _mm512_mask_storeu_ps(layer.out + (row + r) * layer.n_out + column, some,
@@ -206,50 +190,37 @@ void multiply(const Job& job, const Panel& panel, size_t row) {
   }
 }
 
+constexpr decltype(&multiply<1>) kMultiply[] = {multiply<1>, multiply<2>, multiply<3>,
+                                                multiply<4>, multiply<5>, multiply<6>};
+
 void multiply_some(void* data, size_t index) {
   Job& job = *static_cast<Job*>(data);
   const Linear& layer = job.layer;
   static thread_local Scratch scratch;
-  const size_t panel_bytes = job.row_bytes() * kPanel;
-  auto* packed =
-      static_cast<int8_t*>(scratch.get(panel_bytes + layer.n_parts * kPanel * sizeof(int32_t)));
+  const size_t panel = index % job.n_panels * kPanel;
+  const size_t begin = index / job.n_panels * job.block;
+  const size_t end = least(layer.n_rows, begin + job.block);
+  const size_t chunk_bytes = rounded_up(job.chunk, 4) * kPanel;
+  auto* packed = static_cast<int8_t*>(
+      scratch.get(chunk_bytes + kPanel * (sizeof(int32_t) + (end - begin) * sizeof(float))));
   if (packed == nullptr) {
     job.failed = true;
     return;
   }
-  auto* offsets = reinterpret_cast<int32_t*>(packed + panel_bytes);
-  const size_t first = index % job.n_panels * kPanel;
-  for (size_t part = 0; part < layer.n_parts; ++part) {
-    pack(layer.weights + part * job.part * layer.n_out + first, layer.n_out, job.part, job.padded,
-         first64(layer.n_out - first), packed + part * job.padded * kPanel,
-         offsets + part * kPanel);
-  }
-  const Panel panel = {packed, offsets, first};
-  size_t row = index / job.n_panels * job.block;
-  const size_t end = least(layer.n_rows, row + job.block);
-  Ahead ahead(layer, first + kAhead * kPanel, (end - row) / kTile + 1);
-  for (; row + kTile <= end; row += kTile) {
-    ahead.step();
-    multiply<kTile>(job, panel, row);
-  }
-  switch (end - row) {
-    case 5:
-      multiply<5>(job, panel, row);
-      break;
-    case 4:
-      multiply<4>(job, panel, row);
-      break;
-    case 3:
-      multiply<3>(job, panel, row);
-      break;
-    case 2:
-      multiply<2>(job, panel, row);
-      break;
-    case 1:
-      multiply<1>(job, panel, row);
-      break;
-    default:
-      break;
+  auto* offsets = reinterpret_cast<int32_t*>(packed + chunk_bytes);
+  auto* totals = reinterpret_cast<float*>(offsets + kPanel);
+  const bool whole = job.chunk == layer.n_in;  // then a tile's total is put out at once
+  for (size_t k = 0, n = 0; k < layer.n_in; k += n) {
+    const size_t part = k / job.part;
+    n = least(job.chunk, (part + 1) * job.part - k);
+    const Chunk chunk = {
+        packed, offsets, part, k % job.part, rounded_up(n, 4), k == 0, k + n == layer.n_in};
+    pack(layer.weights + k * layer.n_out + panel, layer.n_out, n, chunk.padded,
+         first64(layer.n_out - panel), packed, offsets);
+    for (size_t row = begin; row < end; row += kTile) {
+      float* total = totals + (whole ? 0 : (row - begin) * kPanel);
+      kMultiply[least(kTile, end - row) - 1](job, chunk, row, panel, total);
+    }
   }
 }
 
@@ -270,6 +241,7 @@ bool linear_avx512(const Linear& layer, Parallel& parallel) {
              padded,
              (layer.n_out + kPanel - 1) / kPanel,
              (n_tiles + n_blocks - 1) / n_blocks * kTile,
+             least(part, layer.n_rows <= kFew ? kFewChunk : kChunk),
              reinterpret_cast<uint8_t*>(scales + n_scales),
              scales};
   const size_t n_roundings = (layer.n_rows + kRowsPerTask - 1) / kRowsPerTask;
