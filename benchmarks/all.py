@@ -15,8 +15,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 _NO_QUESTION = {"all", "check", "common", "render", "towers"}
 _WANT_A_MODEL = {"batch", "cache", "prefill", "prefill_quality"}
-
-
 # More results of one script, by their name: which, and how it is called.
 _VARIANTS = {
     "end_to_end_busy": "end_to_end moondream2 --busy --max-tokens 8",

@@ -2,7 +2,7 @@
 
 One language file, one process, contexts that differ in one setting; they take turns reading a
 prompt of a picture's length and then speaking. The peer is llama.cpp as it comes: flash attention
-auto, 512 rows at once.
+auto, 512 rows at once. Plain weights are what the engine takes where no prefill graph reads.
 
     python benchmarks/language.py [--model DIR | --random NAME] [--rounds N] [--json FILE]
 """
@@ -96,6 +96,7 @@ class Ours:
 def contenders(path: Path, threads: int) -> Iterator[tuple[str, Plain | Ours]]:
     model = Model(path, extra_buffers=probe.verdict().extra_buffers)
     yield "edgevlm", Ours(model, threads)
+    yield "edgevlm, plain weights", Ours(Model(path, extra_buffers=False), threads)
     for name, (flash, n_ubatch) in _CONTEXTS.items():
         yield name, Plain(model, flash, n_ubatch, threads)
 

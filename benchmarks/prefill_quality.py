@@ -101,8 +101,19 @@ class GraphLogits:
         self._head = tensors["output.weight"].load() if "output.weight" in tensors else self._table
 
     def __call__(self, ids: list[int]) -> Logits:
-        *_, hidden = self._session.run_all({"rows": self._table[ids]}, Cancel())
+        inputs = from_the_front(self._session, self._table[ids])
+        *_, hidden = self._session.run_all(inputs, Cancel())
         return np.asarray(hidden @ self._head.T, np.float32)
+
+
+def from_the_front(session: Session, rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """The inputs of a prefill graph where nothing was read before."""
+    zero = np.array(0, np.int64)
+    nothing = {
+        name: np.empty([size if isinstance(size, int) else 0 for size in shape], np.float32)
+        for name, (_, shape) in session.inputs.items()
+    }
+    return {**nothing, "n_past": zero, "n_prefix": zero, "rows": rows}
 
 
 class LlamaLogits:
@@ -145,16 +156,17 @@ class HandedOver:
 
     def __call__(self, ids: list[int]) -> Logits:
         context = self._llama.context
-        outputs = self._session.run_all({"rows": self._llama.model.embed(ids)}, Cancel())
-        rows = []
+        rows = self._llama.model.embed(ids)
+        outputs = self._session.run_all(from_the_front(self._session, rows), Cancel())
+        found = []
         for n in range(STEP_TOKENS - 1, len(ids), STEP_TOKENS):
-            state = context.new_state(n)
+            state = context.new_state(range(n))
             for layer, (keys, values) in enumerate(zip(outputs[0::2], outputs[1::2], strict=True)):
                 state.keys[layer][...], state.values[layer][...] = keys[:n], values[:, :n]
             context.fill_cache(state)
             context.decode([ids[n]], n)
-            rows.append(context.logits())
-        return np.stack(rows)
+            found.append(context.logits())
+        return np.stack(found)
 
     def close(self) -> None:
         self._llama.close()

@@ -187,13 +187,8 @@ class Language:
         """
         units = list(prompt.units)
         keep = self._common_prefix(units, images)
-        position = sum(width(unit) for unit in units[:keep])
-        # The graph begins at the front; reading the words before another picture again costs less
-        # than what it saves.
-        if 2 * position < prompt.n_tokens and (read := self._prefill_units(units, images)):
-            keep = read
-        else:
-            self._forget_from(position)
+        self._forget_from(sum(width(unit) for unit in units[:keep]))
+        keep = self._prefill_units(units, keep, images)
         run: list[int] = []
         for unit in [*units[keep:], None]:
             if isinstance(unit, int):
@@ -205,29 +200,41 @@ class Language:
             if unit is not None:
                 self._decode(self._rows(unit, images), _keys(unit, images), _both_ways(unit))
 
-    def _prefill_units(self, units: Sequence[Unit], images: Sequence[EncodedImage]) -> int:
-        """Read the first units through the prefill graph where that pays; how many it read.
+    def _prefill_units(
+        self, units: Sequence[Unit], keep: int, images: Sequence[EncodedImage]
+    ) -> int:
+        """Read what follows the first `keep` units, which the cache holds, through the prefill
+        graph where that pays; how many the cache holds then.
 
         Never the last one: llama.cpp reads it, and has its logits.
         """
         if self._prefill is None or self._adapters:  # the graph knows nothing of adapters
-            return 0
-        first = [*units[:-1]]
-        prefix = [unit for unit in first if _both_ways(unit)]
-        if prefix and not (self._prefill.takes_prefix and prefix == first[:1]):
-            return 0
-        if not self._prefill.pays(sum(width(unit) for unit in first)):
-            return 0
-        rows = np.concatenate([self._rows(unit, images) for unit in first])
-        self._forget_from(0)
-        self._reserve(len(rows))
-        n_prefix = sum(width(unit) for unit in prefix)
+            return keep
+        n_past, n_all = len(self._cached), sum(width(unit) for unit in units[:-1])
+        begin = keep
+        if not self._context.appends and 2 * n_past < n_all:
+            # reading the words before another picture again costs less than the graph saves
+            begin = n_past = 0
+        new = units[begin:-1]
+        prefix = [unit for unit in new if _both_ways(unit)]
+        if prefix and not (begin == 0 and prefix == units[:1]):
+            return keep
+        if (n_past and not self._context.appends) or not self._prefill.pays(n_all - n_past):
+            return keep
+        self._forget_from(n_past)
+        self._reserve(n_all)
         self._cancel.call(
-            self._prefill.run, rows, n_prefix, self._context, self._sequence, self._cancel
+            self._prefill.run,
+            np.concatenate([self._rows(unit, images) for unit in new]),
+            n_past,
+            sum(width(unit) for unit in prefix),
+            self._context,
+            self._sequence,
+            self._cancel,
         )
-        for unit in first:
+        for unit in new:
             self._cached += _keys(unit, images)
-        return len(first)
+        return len(units) - 1
 
     def _rows(self, unit: Unit, images: Sequence[EncodedImage]) -> NDArray[np.float32]:
         """What the language model takes for a unit, float32 [n, n_embd]."""

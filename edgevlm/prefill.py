@@ -18,13 +18,14 @@ from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
 from edgevlm.errors import BackendError, BundleError
 from edgevlm.llama import Context
+from edgevlm.llama.sequence_state import State
 from edgevlm.sessions import Session
 
-# Measured at Moondream2's shape: the graph was faster from 32 rows on. Opening it took as long as
-# it saves on 60 with our operators, which take weights as they are mapped, and on 300 without,
-# because ONNX Runtime packs them; all of it grows with the model alike.
-FEWEST_ROWS = 32
-_TYPES = {2: "tensor(float16)", 4: "tensor(float)"}
+# Measured at Moondream2's shape: behind a picture the graph was faster from 6 rows on. Opening it
+# took as long as it saves on 60 with our operators, which take weights as they are mapped, and on
+# 300 without, because ONNX Runtime packs them; all of it grows with the model alike.
+FEWEST_ROWS = 6
+_DTYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
 _log = logging.getLogger("edgevlm.prefill")
 
 
@@ -33,8 +34,6 @@ class Prefill:
         self._path, self._threads = bundle.file("prefill.onnx"), threads
         self._session: Session | None = None
         self._memory: NDArray[np.uint8] | None = None  # of the last keys and values
-        # Whether the graph knows rows at the front that attend to each other.
-        self.takes_prefix = bool(bundle.manifest["image"].get("bidirectional_tokens"))
 
     def pays(self, n_rows: int) -> bool:
         """Whether so many rows are read sooner here than by llama.cpp."""
@@ -43,47 +42,56 @@ class Prefill:
     def run(
         self,
         rows: NDArray[np.float32],
+        n_past: int,
         n_prefix: int,
         context: Context,
         sequence: int,
         cancel: Cancel,
     ) -> None:
-        """Read float32 [n, n_embd] into the cache of a sequence, at positions 0 to n.
+        """Read float32 [n, n_embd] into the cache of a sequence, behind the `n_past` positions that
+        it holds; there are none unless the context `appends`.
 
-        The first `n_prefix` rows attend to each other; 0 unless the graph `takes_prefix`.
-        What the cache held before is gone.
+        The first `n_prefix` rows of all attend to each other.
 
         Raises:
-            Cancelled: `cancel` was set while the graph ran; the cache is empty.
-            BundleError: the graph belongs to another model.
+            Cancelled: `cancel` was set while the graph ran; the cache is as it was.
+            BundleError: the graph belongs to another model or another version.
             BackendError: ONNX Runtime or llama.cpp failed.
         """
         if self._session is None:
             self._session = self._open(context)
-        inputs: dict[str, NDArray[Any]] = {"rows": rows}
-        if self.takes_prefix:
-            inputs["n_prefix"] = np.array(n_prefix, np.int64)
-        state = context.new_state(len(rows), sequence, self._memory)
-        if self._memory is None or len(self._memory) < len(state.data):
-            self._memory = state.data
-        wanted = {f"keys.{layer}": keys for layer, keys in enumerate(state.keys)}
-        wanted |= {f"values.{layer}": values for layer, values in enumerate(state.values)}
-        if all(self._session.outputs[n][0] == _TYPES[p.itemsize] for n, p in wanted.items()):
-            self._session.run_into(inputs, wanted, cancel)
-        else:  # a context or a graph in float32, to compare with a reference
-            outputs = self._session.run_all(inputs, cancel)
-            for name, output in zip(self._session.outputs, outputs, strict=True):
-                wanted[name][...] = output
+        past_bytes = context.state_bytes(n_past)
+        memory = self._at_least(past_bytes + context.state_bytes(len(rows)))
+        past = context.held(n_past, memory)
+        state = context.new_state(range(n_past, n_past + len(rows)), memory[past_bytes:])
+        inputs: dict[str, NDArray[Any]] = {
+            "rows": rows,
+            "n_past": np.array(n_past, np.int64),
+            "n_prefix": np.array(n_prefix, np.int64),
+        }
+        # a context or a graph may be in float32, to compare with a reference
+        dtype = _DTYPES[self._session.outputs["keys.0"][0]]
+        for name, part in _named(past):
+            if f"past_{name}" in self._session.inputs:  # the last layer attends to nothing
+                inputs[f"past_{name}"] = part.astype(dtype, copy=False)
+        wanted = _named(state)
+        outputs = {name: part.astype(dtype, copy=False) for name, part in wanted}
+        self._session.run_into(inputs, outputs, cancel)
+        for name, part in wanted:
+            if outputs[name] is not part:
+                part[...] = outputs[name]
         context.fill_cache(state, sequence)
+
+    def _at_least(self, n_bytes: int) -> NDArray[np.uint8]:
+        if self._memory is None or len(self._memory) < n_bytes:
+            # What nothing was written to takes no memory, so the next turns of a chat have room.
+            self._memory = np.empty(n_bytes + n_bytes // 4, np.uint8)
+        return self._memory
 
     def _open(self, context: Context) -> Session:
         session = Session(self._path, self._threads, sizes_vary=True)
-        inputs = {"rows", "n_prefix"} if self.takes_prefix else {"rows"}
-        if session.inputs != inputs:
-            raise BundleError(
-                f"{self._path} takes {', '.join(sorted(session.inputs))}; this version gives "
-                f"{', '.join(sorted(inputs))}: export the model again"
-            )
+        if not {"rows", "n_past", "n_prefix"} <= session.inputs.keys():
+            raise BundleError(f"{self._path} is of another version: export the model again")
         layers, width = context.cache_shape
         n_keys, keys_width = len(session.outputs) // 2, session.outputs["keys.0"][1][-1]
         if (n_keys, keys_width) != (layers, width):
@@ -96,6 +104,12 @@ class Prefill:
     def close(self) -> None:
         """Free the graph; the next run opens it again."""
         self._session = self._memory = None
+
+
+def _named(state: State) -> list[tuple[str, NDArray[Any]]]:
+    """Keys and values of each layer, by the graph's names."""
+    parts = ("keys", state.keys), ("values", state.values)
+    return [(f"{name}.{layer}", a) for name, each in parts for layer, a in enumerate(each)]
 
 
 def fewest_rows_to_open() -> int:

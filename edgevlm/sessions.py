@@ -80,11 +80,13 @@ class Session:
             options.enable_mem_pattern = not sizes_vary
             self._session = _open(path, options, device)
         kernels.trim()  # opening leaves holes
-        self.inputs = {value.name for value in self._session.get_inputs()}
         # ONNX Runtime's name of the type, and the shape; a dynamic axis has a name, too
-        self.outputs: dict[str, tuple[str, list[int | str]]] = {
-            value.name: (value.type, value.shape) for value in self._session.get_outputs()
-        }
+        self.inputs: dict[str, tuple[str, list[int | str]]]
+        self.outputs: dict[str, tuple[str, list[int | str]]]
+        self.inputs, self.outputs = (
+            {value.name: (value.type, value.shape) for value in values}
+            for values in (self._session.get_inputs(), self._session.get_outputs())
+        )
 
     def run(
         self, inputs: Mapping[str, NDArray[Any]], cancel: Cancel, *, keeps_memory: bool = False

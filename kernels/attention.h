@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "parallel.h"
 
@@ -13,13 +14,19 @@ struct Attention {
   const float* queries;  // [n_batch, n, n_heads · width]
   const float* keys;     // [n_batch, n, n_kv_heads · width]
   const float* values;   // as keys
-  float* out;            // as queries
+  // Of rows before these: float16 [n_past, n_kv_heads · width] and [n_kv_heads · width, n_past].
+  const uint16_t* past_keys;
+  const uint16_t* past_values;
+  float* out;  // as queries
   size_t n_batch;
   size_t n;
+  size_t n_past;  // 0 unless n_batch is 1
   size_t n_heads;
   size_t n_kv_heads;  // divides n_heads
   size_t width;       // of a head; even
-  size_t n_front;     // rows that all attend to each other; a later one to itself and those before
+  // Of the past and these together: so many rows at the front attend to each other, a later one to
+  // itself and those before.
+  size_t n_front;
 };
 
 // Needs a CPU with AVX-512 and its bfloat16 products. False: no memory, or `parallel` failed.

@@ -20,6 +20,7 @@ using Pair = uint32_t;  // two neighbours along the sum, bfloat16
 
 struct Job {
   const Attention& attention;
+  size_t n_keys;     // the past's and the rows'
   size_t n_panels;   // of 64 keys
   size_t n_columns;  // width, rounded up to 16
   size_t block;      // queries of one task
@@ -39,17 +40,88 @@ __m512i narrowed(__m512 first, __m512 second) {
 
 __m256i narrowed(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
 
+__m512 load(__mmask16 some, const float* values) { return _mm512_maskz_loadu_ps(some, values); }
+
+__m512 load(__mmask16 some, const uint16_t* halves) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, halves));
+}
+
+// The first 32 of `n` values → 16 pairs; zeros past the last.
+template <typename Value>
+__m512i paired(const Value* values, size_t n) {
+  const __m512 second = load(n > 16 ? first16(n - 16) : 0, values + (n > 16 ? 16 : 0));
+  return narrowed(load(first16(n), values), second);
+}
+
 // A row of `width` floats, times `factor`, → width / 2 pairs.
 void pair_up(const float* row, size_t width, float factor, Pair* pairs) {
   const __m512 scale = _mm512_set1_ps(factor);
   for (size_t i = 0; i < width; i += 32) {
     const size_t left = width - i;
-    const __m512 first = _mm512_maskz_loadu_ps(first16(left), row + i);
-    const __m512 second =
-        _mm512_maskz_loadu_ps(left > 16 ? first16(left - 16) : 0, row + i + (left > 16 ? 16 : 0));
+    const __m512 first = load(first16(left), row + i);
+    const __m512 second = load(left > 16 ? first16(left - 16) : 0, row + i + (left > 16 ? 16 : 0));
     _mm512_mask_storeu_epi32(pairs + i / 2, first16(left / 2),
                              narrowed(_mm512_mul_ps(first, scale), _mm512_mul_ps(second, scale)));
   }
+}
+
+// 16 rows of 16 pairs → 16 columns.
+void transpose(__m512i (&rows)[16]) {
+  __m512i halves[16];
+  for (size_t i = 0; i < 16; i += 2) {
+    halves[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    halves[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (size_t i = 0; i < 16; i += 4) {  // now lane l of rows[i + c] has column 4 l + c of 4 rows
+    rows[i] = _mm512_unpacklo_epi64(halves[i], halves[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(halves[i], halves[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(halves[i + 1], halves[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(halves[i + 1], halves[i + 3]);
+  }
+  for (size_t c = 0; c < 4; ++c) {
+    const __m512i front01 = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0x44);
+    const __m512i back01 = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0xee);
+    const __m512i front23 = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0x44);
+    const __m512i back23 = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0xee);
+    halves[c] = _mm512_shuffle_i32x4(front01, front23, 0x88);
+    halves[c + 4] = _mm512_shuffle_i32x4(front01, front23, 0xdd);
+    halves[c + 8] = _mm512_shuffle_i32x4(back01, back23, 0x88);
+    halves[c + 12] = _mm512_shuffle_i32x4(back01, back23, 0xdd);
+  }
+  std::memcpy(rows, halves, sizeof rows);
+}
+
+// Values of the past lie by channel: 16 pairs of rows of 16 channels at a time.
+void arrange_past_values(const Attention& a, size_t kv_head, size_t n_columns, Pair* values) {
+  const uint16_t* channels = a.past_values + kv_head * a.width * a.n_past;
+  const size_t n_pairs = a.n_past / 2;
+  for (size_t i = 0; i < n_pairs; i += 16) {
+    const size_t n = least(16, n_pairs - i);
+    for (size_t k = 0; k < n_columns; k += 16) {
+      __m512i pairs[16] = {};
+      for (size_t c = 0; c < 16 && k + c < a.width; ++c) {
+        pairs[c] = paired(channels + (k + c) * a.n_past + 2 * i, 2 * n);
+      }
+      transpose(pairs);
+      for (size_t j = 0; j < n; ++j) {
+        _mm512_store_si512(values + (i + j) * n_columns + k, pairs[j]);
+      }
+    }
+  }
+}
+
+// Up to 16 channels of a row of values; zeros where there is none.
+__m512 value_row(const Attention& a, const float* values, size_t kv_head, size_t row, size_t k) {
+  const __mmask16 some = k < a.width ? first16(a.width - k) : 0;
+  if (row >= a.n_past + a.n) return _mm512_setzero_ps();
+  if (row >= a.n_past) {
+    return load(some, values + (row - a.n_past) * a.n_kv_heads * a.width + k);
+  }
+  uint16_t column[16] = {};
+  for (size_t j = 0; j < 16 && k + j < a.width; ++j) {
+    column[j] = a.past_values[(kv_head * a.width + k + j) * a.n_past + row];
+  }
+  return load(some, column);
 }
 
 // One head of keys and values → the order of the products; what lies past the last row is 0.
@@ -57,23 +129,34 @@ void arrange(void* data, size_t index) {
   Job& job = *static_cast<Job*>(data);
   const Attention& a = job.attention;
   const size_t stride = a.n_kv_heads * a.width;
-  const size_t first = index / a.n_kv_heads * a.n * stride + index % a.n_kv_heads * a.width;
-  Pair* keys = job.keys + index * job.key_pairs();
-  std::memset(keys, 0, job.key_pairs() * sizeof(Pair));
-  alignas(kLine) Pair row[512];
+  const size_t kv_head = index % a.n_kv_heads;
+  const size_t first = index / a.n_kv_heads * a.n * stride + kv_head * a.width;
+  const uint16_t* past = a.past_keys + kv_head * a.width;
+  const float* keys = a.keys + first;
+  Pair* arranged = job.keys + index * job.key_pairs();
   const size_t n_pairs = a.width / 2;
-  for (size_t i = 0; i < a.n; ++i) {
-    pair_up(a.keys + first + i * stride, a.width, 1, row);
-    Pair* column = keys + i / kPanel * n_pairs * kPanel + i % kPanel;
-    for (size_t k = 0; k < n_pairs; ++k) column[k * kPanel] = row[k];
+  for (size_t i = 0; i < job.n_panels * kPanel; i += 16) {
+    Pair* columns = arranged + i / kPanel * n_pairs * kPanel + i % kPanel;
+    for (size_t k = 0; k < n_pairs; k += 16) {
+      __m512i pairs[16] = {};
+      for (size_t j = 0; j < 16 && i + j < job.n_keys; ++j) {
+        const size_t row = i + j;
+        const size_t left = a.width - 2 * k;
+        pairs[j] = row < a.n_past ? paired(past + row * stride + 2 * k, left)
+                                  : paired(keys + (row - a.n_past) * stride + 2 * k, left);
+      }
+      transpose(pairs);
+      for (size_t j = 0; j < least(16, n_pairs - k); ++j) {
+        _mm512_store_si512(columns + (k + j) * kPanel, pairs[j]);
+      }
+    }
   }
   Pair* values = job.values + index * job.value_pairs();
-  for (size_t i = 0; i < job.n_panels * kPanel; i += 2) {
-    const float* even = a.values + first + i * stride;
+  arrange_past_values(a, kv_head, job.n_columns, values);
+  for (size_t i = a.n_past / 2 * 2; i < job.n_panels * kPanel; i += 2) {
     for (size_t k = 0; k < job.n_columns; k += 16) {
-      const __mmask16 some = k < a.width ? first16(a.width - k) : 0;
-      const __m512 low = _mm512_maskz_loadu_ps(i < a.n ? some : 0, even + k);
-      const __m512 high = _mm512_maskz_loadu_ps(i + 1 < a.n ? some : 0, even + stride + k);
+      const __m512 low = value_row(a, a.values + first, kv_head, i, k);
+      const __m512 high = value_row(a, a.values + first, kv_head, i + 1, k);
       const __m512i pairs =
           _mm512_or_si512(_mm512_cvtepu16_epi32(narrowed(low)),
                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(high)), 16));
@@ -177,7 +260,7 @@ void attend(void* data, size_t index) {
     for (size_t r = 0; r < n_rows; ++r) {
       pair_up(a.queries + offset + (row + r) * out_stride, a.width, factor, queries + r * n_pairs);
     }
-    const size_t n_seen = greatest(a.n_front, row + n_rows);
+    const size_t n_seen = greatest(a.n_front, a.n_past + row + n_rows);
     const size_t padded = rounded_up(n_seen, 16);
     for (size_t k = 0; k < padded; k += kPanel) {
       multiply_columns(least(kPanel, padded - k), queries, n_pairs, keys + k * n_pairs, kPanel,
@@ -185,7 +268,7 @@ void attend(void* data, size_t index) {
     }
     float sums[kTile];
     for (size_t r = 0; r < kTile; ++r) {
-      const size_t n = least(greatest(a.n_front, row + r + 1), n_seen);
+      const size_t n = least(greatest(a.n_front, a.n_past + row + r + 1), n_seen);
       sums[r] = soften(scores + r * stride, n, padded);
     }
     const auto* weights = reinterpret_cast<const Pair*>(scores);
@@ -204,6 +287,14 @@ void attend(void* data, size_t index) {
   }
 }
 
+// A head of keys and all queries that attend to it: what was arranged is in the cache still.
+void arrange_and_attend(void* data, size_t index) {
+  const Job& job = *static_cast<Job*>(data);
+  arrange(data, index);
+  const size_t n = job.attention.n_heads / job.attention.n_kv_heads * job.n_blocks;
+  for (size_t i = index * n; i < (index + 1) * n; ++i) attend(data, i);
+}
+
 }  // namespace
 
 bool attention_avx512(const Attention& attention, Parallel& parallel) {
@@ -212,8 +303,10 @@ bool attention_avx512(const Attention& attention, Parallel& parallel) {
   const size_t n_kv = attention.n_batch * attention.n_kv_heads;
   const size_t n_tiles = (attention.n + kTile - 1) / kTile;
   const size_t n_blocks = (attention.n + kBlock - 1) / kBlock;
+  const size_t n_keys = attention.n_past + attention.n;
   Job job = {attention,
-             (attention.n + kPanel - 1) / kPanel,
+             n_keys,
+             (n_keys + kPanel - 1) / kPanel,
              rounded_up(attention.width, 16),
              (n_tiles + n_blocks - 1) / n_blocks * kTile,
              n_blocks,
@@ -224,6 +317,7 @@ bool attention_avx512(const Attention& attention, Parallel& parallel) {
       static_cast<Pair*>(scratch.get((value_pairs + n_kv * job.key_pairs()) * sizeof(Pair)));
   if (job.values == nullptr) return false;
   job.keys = job.values + value_pairs;
+  if (n_blocks == 1) return parallel.run(arrange_and_attend, n_kv, &job) && !job.failed;
   return parallel.run(arrange, n_kv, &job) &&
          parallel.run(attend, attention.n_batch * attention.n_heads * n_blocks, &job) &&
          !job.failed;

@@ -1,4 +1,4 @@
-// Attention as an operator: between all rows, of each row to those before it, or both.
+// Attention as an operator: between all rows, or of each row to those before it.
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -10,32 +10,45 @@ namespace edgevlm {
 namespace {
 
 // Inputs: queries float32 [batch, n, num_heads · width], keys and values float32
-// [batch, n, kv_num_heads · width]. CausalAttention has two more, int32, which say what `n` says
-// (ONNX Runtime's GroupQueryAttention wants them); PrefixAttention one more, int64: how many rows
-// at the front attend to each other. Output: as queries.
-enum class Reach { kAll, kBefore, kPrefix };
-
+// [batch, n, kv_num_heads · width]. CausalAttention takes a batch of one, and keys and values of
+// the rows before, float16 [past, kv_num_heads · width] and [kv_num_heads · width, past], and int64
+// [], how many rows at the front of all attend to each other. Output: as queries.
 struct Operator : ort::CustomOp {
   const char* name_text;
-  Reach reach;
+  bool causal;
 };
 
 struct Kernel {
   ort::Api* api;
   int64_t n_heads;
   int64_t n_kv_heads;
-  Reach reach;
+  bool causal;
 };
 
 constexpr int64_t kWidest = 512;
 
+// The rows before; false where sizes disagree.
+bool add_past(const Tensor& keys, const Tensor& values, int64_t n_front, int64_t stride,
+              Attention* attention) {
+  attention->past_keys = static_cast<const uint16_t*>(keys.data);
+  attention->past_values = static_cast<const uint16_t*>(values.data);
+  const int64_t n_past = keys.sizes[0];
+  attention->n_past = static_cast<size_t>(n_past);
+  attention->n_front = static_cast<size_t>(n_front);
+  return keys.n_axes == 2 && values.n_axes == 2 && keys.sizes[1] == stride &&
+         values.sizes[0] == stride && values.sizes[1] == n_past && attention->n_batch == 1 &&
+         n_front >= 0 && attention->n_front <= attention->n_past + attention->n;
+}
+
 ort::Status* compute(void* state, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(state);
   ort::Api* api = kernel.api;
-  Tensor queries, keys, values, n_prefix;
+  Tensor queries, keys, values, past_keys, past_values, n_prefix;
   if (!read(api, context, 0, &queries) || !read(api, context, 1, &keys) ||
       !read(api, context, 2, &values) ||
-      (kernel.reach == Reach::kPrefix && !read(api, context, 3, &n_prefix))) {
+      (kernel.causal &&
+       (!read(api, context, 3, &past_keys) || !read(api, context, 4, &past_values) ||
+        !read(api, context, 5, &n_prefix)))) {
     return failure(api, "edgevlm.Attention: an input cannot be read");
   }
   const int64_t width = queries.last() / kernel.n_heads;
@@ -47,7 +60,6 @@ ort::Status* compute(void* state, ort::KernelContext* context) {
   }
   if (!fits) return failure(api, "edgevlm.Attention: sizes of queries, keys and values disagree");
   Attention attention = {};
-  if (ort::Status* status = allocate(api, context, queries, &attention.out)) return status;
   attention.queries = static_cast<const float*>(queries.data);
   attention.keys = static_cast<const float*>(keys.data);
   attention.values = static_cast<const float*>(values.data);
@@ -56,14 +68,13 @@ ort::Status* compute(void* state, ort::KernelContext* context) {
   attention.n_heads = static_cast<size_t>(kernel.n_heads);
   attention.n_kv_heads = static_cast<size_t>(kernel.n_kv_heads);
   attention.width = static_cast<size_t>(width);
-  if (kernel.reach == Reach::kAll) attention.n_front = attention.n;
-  if (kernel.reach == Reach::kPrefix) {
-    const int64_t n_front = *static_cast<const int64_t*>(n_prefix.data);
-    if (n_front < 0 || n_front > queries.sizes[1]) {
-      return failure(api, "edgevlm.PrefixAttention: the prefix is longer than the rows");
-    }
-    attention.n_front = static_cast<size_t>(n_front);
+  attention.n_front = attention.n;
+  if (kernel.causal &&
+      !add_past(past_keys, past_values, *static_cast<const int64_t*>(n_prefix.data), keys.last(),
+                &attention)) {
+    return failure(api, "edgevlm.CausalAttention: sizes of past, prefix and rows disagree");
   }
+  if (ort::Status* status = allocate(api, context, queries, &attention.out)) return status;
   ThreadPool pool(api, context);
   return attention_avx512(attention, pool) ? nullptr
                                            : failure(api, "edgevlm.Attention: out of memory");
@@ -72,13 +83,13 @@ ort::Status* compute(void* state, ort::KernelContext* context) {
 ort::Status* create(const ort::CustomOp* custom, ort::Api* api, const ort::KernelInfo* info,
                     void** made) {
   const auto& op = *static_cast<const Operator*>(custom);
-  Kernel kernel = {api, 0, 0, op.reach};
+  Kernel kernel = {api, 0, 0, op.causal};
   if (ort::Status* status =
           ort::GetIntegerAttribute::call(api, info, "num_heads", &kernel.n_heads)) {
     return status;
   }
   kernel.n_kv_heads = kernel.n_heads;
-  if (op.reach == Reach::kBefore) {
+  if (op.causal) {
     if (ort::Status* status =
             ort::GetIntegerAttribute::call(api, info, "kv_num_heads", &kernel.n_kv_heads)) {
       return status;
@@ -91,16 +102,14 @@ ort::Status* create(const ort::CustomOp* custom, ort::Api* api, const ort::Kerne
   return *made != nullptr ? nullptr : failure(api, "edgevlm.Attention: out of memory");
 }
 
-Operator make(const char* name, Reach reach) {
-  Operator op = {blank_operator(), name, reach};
+Operator make(const char* name, bool causal) {
+  Operator op = {blank_operator(), name, causal};
   op.name = [](const ort::CustomOp* self) { return static_cast<const Operator*>(self)->name_text; };
-  op.input_type = [](const ort::CustomOp* self, size_t index) {
-    if (index < 3) return ort::kFloat;
-    return static_cast<const Operator*>(self)->reach == Reach::kPrefix ? ort::kInt64 : ort::kInt32;
+  op.input_type = [](const ort::CustomOp*, size_t index) {
+    return index < 3 ? ort::kFloat : index < 5 ? ort::kFloat16 : ort::kInt64;
   };
   op.input_count = [](const ort::CustomOp* self) {
-    const Reach reach = static_cast<const Operator*>(self)->reach;
-    return size_t{3} + (reach == Reach::kPrefix ? 1 : 0) + (reach == Reach::kBefore ? 2 : 0);
+    return size_t{3} + (static_cast<const Operator*>(self)->causal ? 3 : 0);
   };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.create_kernel_v2 = create;
@@ -111,9 +120,7 @@ Operator make(const char* name, Reach reach) {
 }  // namespace
 
 ort::Status* add_attention(ort::Api* api, ort::CustomOpDomain* domain) {
-  static const Operator all[] = {make("Attention", Reach::kAll),
-                                 make("CausalAttention", Reach::kBefore),
-                                 make("PrefixAttention", Reach::kPrefix)};
+  static const Operator all[] = {make("Attention", false), make("CausalAttention", true)};
   for (const Operator& op : all) {
     if (ort::Status* status = ort::CustomOpDomainAdd::call(api, domain, &op)) return status;
   }

@@ -28,9 +28,9 @@ constexpr int kZeroPoint = 128;
 
 struct Job {
   const Linear& layer;
-  size_t part;    // values of a row that share a scale
-  size_t padded;  // length of a part, rounded up to a multiple of 4
-  size_t n_panels;
+  size_t part;        // values of a row that share a scale
+  size_t padded;      // length of a part, rounded up to a multiple of 4
+  size_t n_groups;    // of panels that are packed together
   size_t block;       // rows of one task
   size_t chunk;       // rows of the matrix that are packed at a time, of one part
   uint8_t* integers;  // [n_rows, n_parts, padded]
@@ -66,41 +66,60 @@ void quantize_some(void* data, size_t index) {
   }
 }
 
-// `part` rows of 64 columns → [padded / 4, 64, 4], and what each column's sums begin with to end
-// without the zero point.
-void pack(const int8_t* weights, size_t stride, size_t part, size_t padded, __mmask64 columns,
+// 4 rows of 64 columns → [64, 4].
+void pack_four(const __m512i (&row)[4], __m512i (&packed)[4]) {
+  const __m512i low01 = _mm512_unpacklo_epi8(row[0], row[1]);
+  const __m512i high01 = _mm512_unpackhi_epi8(row[0], row[1]);
+  const __m512i low23 = _mm512_unpacklo_epi8(row[2], row[3]);
+  const __m512i high23 = _mm512_unpackhi_epi8(row[2], row[3]);
+  // Each lane of these holds four of the lane's 16 columns: a transposition of lanes is left.
+  const __m512i quarter0 = _mm512_unpacklo_epi16(low01, low23);
+  const __m512i quarter1 = _mm512_unpackhi_epi16(low01, low23);
+  const __m512i quarter2 = _mm512_unpacklo_epi16(high01, high23);
+  const __m512i quarter3 = _mm512_unpackhi_epi16(high01, high23);
+  const __m512i front01 = _mm512_shuffle_i32x4(quarter0, quarter1, 0x44);
+  const __m512i front23 = _mm512_shuffle_i32x4(quarter2, quarter3, 0x44);
+  const __m512i back01 = _mm512_shuffle_i32x4(quarter0, quarter1, 0xee);
+  const __m512i back23 = _mm512_shuffle_i32x4(quarter2, quarter3, 0xee);
+  packed[0] = _mm512_shuffle_i32x4(front01, front23, 0x88);
+  packed[1] = _mm512_shuffle_i32x4(front01, front23, 0xdd);
+  packed[2] = _mm512_shuffle_i32x4(back01, back23, 0x88);
+  packed[3] = _mm512_shuffle_i32x4(back01, back23, 0xdd);
+}
+
+// `n` rows of the columns of kWide panels → [kWide, padded / 4, 64, 4], and what each column's sums
+// begin with to end without the zero point, [kWide, 64]. What lies past the rows or columns is 0.
+template <int kWide>
+void pack(const int8_t* weights, size_t stride, size_t n, size_t padded, size_t n_columns,
           int8_t* packed, int32_t* offsets) {
-  __m512i sum[4] = {};
+  __mmask64 columns[kWide];
+  for (size_t w = 0; w < kWide; ++w) {
+    columns[w] = n_columns > w * kPanel ? first64(n_columns - w * kPanel) : 0;
+  }
+  __m512i sum[kWide][4] = {};
   const __m512i zero_point = _mm512_set1_epi8(static_cast<char>(kZeroPoint));
   for (size_t k = 0; k < padded; k += 4) {
-    __m512i row[4] = {};
-    for (size_t i = 0; i < least(4, part - k); ++i) {
-      _mm_prefetch(weights + (k + i + kAhead) * stride, _MM_HINT_T1);
-      row[i] = _mm512_maskz_loadu_epi8(columns, weights + (k + i) * stride);
-    }
-    const __m512i low01 = _mm512_unpacklo_epi8(row[0], row[1]);
-    const __m512i high01 = _mm512_unpackhi_epi8(row[0], row[1]);
-    const __m512i low23 = _mm512_unpacklo_epi8(row[2], row[3]);
-    const __m512i high23 = _mm512_unpackhi_epi8(row[2], row[3]);
-    // Each lane of these holds four of the lane's 16 columns: a transposition of lanes is left.
-    const __m512i quarter0 = _mm512_unpacklo_epi16(low01, low23);
-    const __m512i quarter1 = _mm512_unpackhi_epi16(low01, low23);
-    const __m512i quarter2 = _mm512_unpacklo_epi16(high01, high23);
-    const __m512i quarter3 = _mm512_unpackhi_epi16(high01, high23);
-    const __m512i front01 = _mm512_shuffle_i32x4(quarter0, quarter1, 0x44);
-    const __m512i front23 = _mm512_shuffle_i32x4(quarter2, quarter3, 0x44);
-    const __m512i back01 = _mm512_shuffle_i32x4(quarter0, quarter1, 0xee);
-    const __m512i back23 = _mm512_shuffle_i32x4(quarter2, quarter3, 0xee);
-    const __m512i columns16[4] = {
-        _mm512_shuffle_i32x4(front01, front23, 0x88), _mm512_shuffle_i32x4(front01, front23, 0xdd),
-        _mm512_shuffle_i32x4(back01, back23, 0x88), _mm512_shuffle_i32x4(back01, back23, 0xdd)};
-    for (size_t j = 0; j < 4; ++j) {
-      _mm512_store_si512(packed + k * kPanel + j * kLine, columns16[j]);
-      sum[j] = _mm512_dpbusd_epi32(sum[j], zero_point, columns16[j]);
+#pragma GCC unroll 2
+    for (size_t w = 0; w < kWide; ++w) {
+      __m512i row[4] = {};
+      for (size_t i = 0; i < least(4, n - k); ++i) {
+        const int8_t* values = weights + (k + i) * stride + w * kPanel;
+        _mm_prefetch(values + kAhead * stride, _MM_HINT_T1);
+        row[i] = _mm512_maskz_loadu_epi8(columns[w], values);
+      }
+      __m512i four[4];
+      pack_four(row, four);
+      for (size_t j = 0; j < 4; ++j) {
+        _mm512_store_si512(packed + (w * padded + k) * kPanel + j * kLine, four[j]);
+        sum[w][j] = _mm512_dpbusd_epi32(sum[w][j], zero_point, four[j]);
+      }
     }
   }
-  for (size_t j = 0; j < 4; ++j) {
-    _mm512_storeu_si512(offsets + 16 * j, _mm512_sub_epi32(_mm512_setzero_si512(), sum[j]));
+  for (size_t w = 0; w < kWide; ++w) {
+    for (size_t j = 0; j < 4; ++j) {
+      _mm512_storeu_si512(offsets + w * kPanel + 16 * j,
+                          _mm512_sub_epi32(_mm512_setzero_si512(), sum[w][j]));
+    }
   }
 }
 
@@ -193,33 +212,37 @@ void multiply(const Job& job, const Chunk& chunk, size_t row, size_t panel, floa
 constexpr decltype(&multiply<1>) kMultiply[] = {multiply<1>, multiply<2>, multiply<3>,
                                                 multiply<4>, multiply<5>, multiply<6>};
 
+template <int kWide>
 void multiply_some(void* data, size_t index) {
   Job& job = *static_cast<Job*>(data);
   const Linear& layer = job.layer;
   static thread_local Scratch scratch;
-  const size_t panel = index % job.n_panels * kPanel;
-  const size_t begin = index / job.n_panels * job.block;
+  const size_t column = index % job.n_groups * kWide * kPanel;
+  const size_t begin = index / job.n_groups * job.block;
   const size_t end = least(layer.n_rows, begin + job.block);
-  const size_t chunk_bytes = rounded_up(job.chunk, 4) * kPanel;
-  auto* packed = static_cast<int8_t*>(
-      scratch.get(chunk_bytes + kPanel * (sizeof(int32_t) + (end - begin) * sizeof(float))));
+  const size_t packed_bytes = rounded_up(job.chunk, 4) * kWide * kPanel;
+  auto* packed = static_cast<int8_t*>(scratch.get(
+      packed_bytes + kWide * kPanel * (sizeof(int32_t) + (end - begin) * sizeof(float))));
   if (packed == nullptr) {
     job.failed = true;
     return;
   }
-  auto* offsets = reinterpret_cast<int32_t*>(packed + chunk_bytes);
-  auto* totals = reinterpret_cast<float*>(offsets + kPanel);
-  const bool whole = job.chunk == layer.n_in;  // then a tile's total is put out at once
+  auto* offsets = reinterpret_cast<int32_t*>(packed + packed_bytes);
+  auto* totals = reinterpret_cast<float*>(offsets + kWide * kPanel);
   for (size_t k = 0, n = 0; k < layer.n_in; k += n) {
     const size_t part = k / job.part;
     n = least(job.chunk, (part + 1) * job.part - k);
-    const Chunk chunk = {
-        packed, offsets, part, k % job.part, rounded_up(n, 4), k == 0, k + n == layer.n_in};
-    pack(layer.weights + k * layer.n_out + panel, layer.n_out, n, chunk.padded,
-         first64(layer.n_out - panel), packed, offsets);
-    for (size_t row = begin; row < end; row += kTile) {
-      float* total = totals + (whole ? 0 : (row - begin) * kPanel);
-      kMultiply[least(kTile, end - row) - 1](job, chunk, row, panel, total);
+    const size_t padded = rounded_up(n, 4);
+    pack<kWide>(layer.weights + k * layer.n_out + column, layer.n_out, n, padded,
+                layer.n_out - column, packed, offsets);
+    for (size_t w = 0; w < kWide; ++w) {
+      const Chunk chunk = {
+          packed + w * padded * kPanel, offsets + w * kPanel, part, k % job.part, padded, k == 0,
+          k + n == layer.n_in};
+      float* total = totals + w * (end - begin) * kPanel;
+      for (size_t row = begin; row < end; row += kTile, total += kTile * kPanel) {
+        kMultiply[least(kTile, end - row) - 1](job, chunk, row, column + w * kPanel, total);
+      }
     }
   }
 }
@@ -232,6 +255,8 @@ bool linear_avx512(const Linear& layer, Parallel& parallel) {
   const size_t part = layer.n_in / layer.n_parts;
   const size_t padded = rounded_up(part, 4);
   const size_t n_scales = layer.n_rows * layer.n_parts;
+  const bool few = layer.n_rows <= kFew;
+  const size_t group = few ? 2 * kPanel : kPanel;
   auto* scales = static_cast<float*>(scratch.get(n_scales * (sizeof(float) + padded)));
   if (scales == nullptr) return false;
   const size_t n_blocks = (layer.n_rows + kBlock - 1) / kBlock;
@@ -239,14 +264,15 @@ bool linear_avx512(const Linear& layer, Parallel& parallel) {
   Job job = {layer,
              part,
              padded,
-             (layer.n_out + kPanel - 1) / kPanel,
+             (layer.n_out + group - 1) / group,
              (n_tiles + n_blocks - 1) / n_blocks * kTile,
-             least(part, layer.n_rows <= kFew ? kFewChunk : kChunk),
+             least(part, few ? kFewChunk : kChunk),
              reinterpret_cast<uint8_t*>(scales + n_scales),
              scales};
   const size_t n_roundings = (layer.n_rows + kRowsPerTask - 1) / kRowsPerTask;
   return parallel.run(quantize_some, n_roundings, &job) &&
-         parallel.run(multiply_some, n_blocks * job.n_panels, &job) && !job.failed;
+         parallel.run(few ? multiply_some<2> : multiply_some<1>, n_blocks * job.n_groups, &job) &&
+         !job.failed;
 }
 
 }  // namespace edgevlm

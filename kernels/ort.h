@@ -20,7 +20,7 @@ struct Shape;  // OrtTensorTypeAndShapeInfo
 struct ShapeInference;
 
 enum ErrorCode : int { kFail = 1 };
-enum ElementType : int { kFloat = 1, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
+enum ElementType : int { kFloat = 1, kInt8 = 3, kInt64 = 7, kFloat16 = 10 };
 
 using Api = void* const;  // an array of functions
 

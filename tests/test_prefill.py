@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_moondream import moondream
 
 import edgevlm
-from edgevlm import prefill
+from edgevlm import prefill, sessions
 from edgevlm.errors import BackendError, BundleError, Cancelled
 from edgevlm.llama import Model, sequence_state
 from edgevlm.options import Options
@@ -128,12 +128,34 @@ def test_the_next_question_reuses_what_the_graph_read(
         encoded = vlm.encode(picture)
         first = vlm.ask(encoded, "Two cats?", max_tokens=8).text
         second = vlm.ask(encoded, "A red sofa?", max_tokens=8).text
-        assert len(runs) == 1
+        assert len(runs) == 2 and runs[1] < encoded.layout.n_tokens < runs[0]
     with edgevlm.load(bundle, threads=1, prefill="gguf") as vlm:
         assert [vlm.ask(picture, q, max_tokens=8).text for q in ("Two cats?", "A red sofa?")] == [
             first,
             second,
         ]
+
+
+@pytest.mark.parametrize("family", ["llava", "moondream"])
+def test_a_chat_goes_through_the_graph_turn_by_turn(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    make = tiny.llava if family == "llava" else moondream
+    make(tmp_path / "checkpoint", seed=12)
+    bundle = tmp_path / "bundle"
+    export(tmp_path / "checkpoint", bundle, language="f32", prefill="fp32")
+
+    def chat(route: str) -> tuple[list[str], list[int]]:
+        with edgevlm.load(bundle, threads=1, precise=True, prefill=route) as vlm:
+            chat = vlm.chat(picture)
+            answers = [chat.ask(q, max_tokens=12) for q in ("Two cats?", "A red sofa?", "Why?")]
+        return [a.text for a in answers], [a.prompt_tokens - a.image_tokens for a in answers]
+
+    expected = chat("gguf")
+    runs = counted(monkeypatch)
+    assert chat("auto") == expected
+    assert len(runs) == 3  # after the first no picture, but more than the last token
+    assert all(1 < rows < words for rows, words in zip(runs[1:], expected[1][1:], strict=True))
 
 
 def test_the_next_picture_goes_through_the_graph_though_prompts_begin_alike(
@@ -144,7 +166,8 @@ def test_the_next_picture_goes_through_the_graph_though_prompts_begin_alike(
     pictures = [picture, picture.transpose(Image.Transpose.ROTATE_180)]
     with edgevlm.load(bundle, threads=1) as vlm:
         found = [vlm.ask(each, "Two cats?", max_tokens=8).text for each in pictures]
-    assert len(runs) == 2 and runs[0] == runs[1]
+    # the words before the picture are not read again
+    assert len(runs) == 2 and runs[0] // 2 < runs[1] < runs[0]
     with edgevlm.load(bundle, threads=1, prefill="gguf") as vlm:
         assert [vlm.ask(each, "Two cats?", max_tokens=8).text for each in pictures] == found
 
@@ -229,10 +252,7 @@ def test_another_layout_of_the_cache_falls_back_with_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     bundle = small(tmp_path, "int8")
-    whole = sequence_state.lay_out
-    monkeypatch.setattr(
-        sequence_state, "lay_out", lambda head, *given: whole(head + b"\0\0\0\0", *given)
-    )
+    monkeypatch.setattr(sequence_state, "HEAD_BYTES", sequence_state.HEAD_BYTES + 4)
     with edgevlm.load(bundle, threads=1) as vlm:
         found = vlm.ask(picture, "Two cats?", max_tokens=8).text
     assert len(caplog.records) == 1 and "keeps its cache in a way" in caplog.text
@@ -242,12 +262,17 @@ def test_another_layout_of_the_cache_falls_back_with_one_line(
         assert vlm.ask(picture, "Two cats?", max_tokens=8).text == found
 
 
-def test_a_graph_with_other_inputs_is_named(tmp_path: Path, picture: Image.Image) -> None:
-    with edgevlm.load(small(tmp_path), threads=1) as vlm:
-        assert vlm._language._prefill is not None
-        vlm._language._prefill.takes_prefix = True  # as if the family had a bidirectional prefix
-        with pytest.raises(BundleError, match=r"takes rows; .* gives n_prefix, rows: export"):
-            vlm.ask(picture, "Two cats?")
+def test_a_graph_of_another_version_is_refused(tmp_path: Path, picture: Image.Image) -> None:
+    bundle = small(tmp_path)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").unlink()
+    (bundle / "prefill.onnx").write_bytes(sessions._NEGATE)
+    seal(bundle, {key: value for key, value in manifest.items() if key != "files"})
+    with (
+        edgevlm.load(bundle, threads=1) as vlm,
+        pytest.raises(BundleError, match="of another version: export the model again"),
+    ):
+        vlm.ask(picture, "Two cats?")
 
 
 def test_int8_asked_for_and_absent_is_an_error(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.errors import Cancelled
+from edgevlm.errors import BackendError, Cancelled
 from edgevlm.kernels import Flag, abort_callback
 from edgevlm.llama import sequence_state
 from edgevlm.llama.library import complaints, failure, lib
@@ -19,6 +20,7 @@ from edgevlm.llama.tap import Tap
 from edgevlm.memory import BATCH_TOKENS
 
 _F32, _F16 = 0, 1  # ggml_type
+_SPARE = 1  # sequence
 
 
 class Context:
@@ -51,8 +53,10 @@ class Context:
         complaints.clear()
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_sequences
-        params.n_seq_max = n_sequences
-        params.kv_unified = False  # else each sequence would attend over the cells of all
+        # One sequence has a spare one, which is mostly empty, to append what was computed
+        # elsewhere; several have caches of their own: each would attend over the cells of all.
+        params.n_seq_max = n_sequences if n_sequences > 1 else 2
+        params.kv_unified = n_sequences == 1
         params.n_batch = params.n_ubatch = min(n_ctx, n_batch)
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = (
@@ -73,8 +77,14 @@ class Context:
         self._model = model
         self._flag = flag  # llama.cpp holds its address
         self._n_batch: int = params.n_batch
-        self._dtype = np.dtype(np.float32 if precise else np.float16)  # of keys and values
         self._n_sequences = n_sequences
+        self._layout = sequence_state.Layout(
+            self._get_state()[: sequence_state.HEAD_BYTES].tobytes(),
+            model.n_layers,
+            model.cache_width,
+            np.dtype(np.float32 if precise else np.float16),
+            n_sequences,
+        )
         self.n_ctx = n_ctx
 
     def set_adapters(self, files: Sequence[Path]) -> None:
@@ -159,39 +169,71 @@ class Context:
     @property
     def cache_shape(self) -> tuple[int, int]:
         """Layers, and values that each layer's keys have at one position."""
-        return self._model.n_layers, self._model.cache_width
+        return self._layout.n_layers, self._layout.width
 
     def takes_cache(self) -> bool:
-        """Whether `fill_cache` works with this library: it gives back what it was given."""
-        given = self.new_state(1)
+        """Whether keys and values can be given and taken with this library: two positions, given
+        one after the other, come back as they were. The cache is empty then."""
         noise = np.random.default_rng(0)
-        for part in (*given.keys, *given.values):
+        given = [self.new_state(range(n, n + 1)) for n in range(2)]
+        for part in (part for state in given for part in (*state.keys, *state.values)):
             part[...] = noise.standard_normal(part.shape)
         try:
-            return self._set_state(given.data) and np.array_equal(self._get_state(), given.data)
+            for state in given:
+                self.fill_cache(state)
+            held = self.held(2)
+        except BackendError:
+            return False
         finally:
             self.truncate(0)
-
-    def new_state(
-        self, n_positions: int, sequence: int = 0, memory: NDArray[np.uint8] | None = None
-    ) -> State:
-        """What `fill_cache` takes, its keys and values still to be filled in; in `memory`, if that
-        suffices. The cache of the sequence is emptied."""
-        self.truncate(0, sequence)
-        head = self._get_state(sequence)[: sequence_state.HEAD_BYTES].tobytes()
-        return sequence_state.lay_out(
-            head, n_positions, self.cache_shape, self._dtype, self._n_sequences, memory
+        return all(
+            np.array_equal(np.concatenate(parts, axis), whole)
+            for name, axis in (("keys", 0), ("values", 1))
+            for whole, *parts in zip(*(getattr(s, name) for s in (held, *given)), strict=True)
         )
 
+    def state_bytes(self, n_positions: int) -> int:
+        """What `held` and `new_state` need for so many, rounded up to where the next may begin."""
+        return -(-self._layout.n_bytes(n_positions) // 64) * 64
+
+    def new_state(self, positions: range, memory: NDArray[np.uint8] | None = None) -> State:
+        """What `fill_cache` takes, its keys and values still to be filled in."""
+        return self._layout.state(positions, memory)
+
+    def held(self, n_positions: int, memory: NDArray[np.uint8] | None = None) -> State:
+        """A copy of all that the first sequence holds, which are so many positions.
+
+        Raises:
+            BackendError: llama.cpp keeps something else there.
+        """
+        state = self._layout.state(range(n_positions), memory)
+        if n_positions == 0:
+            return state
+        read = lib.llama_state_seq_get_data(self.handle, _bytes(state.data), len(state.data), 0)
+        if read != len(state.data) or state.data[: len(state.front)].tobytes() != state.front:
+            raise failure(f"does not give keys and values of {n_positions} positions")
+        return state
+
+    @property
+    def appends(self) -> bool:
+        """Whether `fill_cache` takes a state that does not begin at position 0."""
+        return self._n_sequences == 1
+
     def fill_cache(self, state: State, sequence: int = 0) -> None:
-        """A state becomes all that a sequence's cache holds, from position 0 on. There are no
-        logits until more is decoded.
+        """Put a state into a sequence's cache behind the positions before it; at position 0 it
+        becomes all that the cache holds. There are no logits until more is decoded.
 
         Raises:
             BackendError: llama.cpp does not take it.
         """
         complaints.clear()
-        if not self._set_state(state.data, sequence):
+        if state.positions.start == 0:
+            taken = self._set_state(state.data, sequence)
+        else:  # a state replaces all that a sequence has, so it comes by way of the spare one
+            taken = self.appends and self._set_state(state.data, _SPARE)
+            lib.llama_memory_seq_cp(self._memory, _SPARE, sequence, -1, -1)
+            self.truncate(0, _SPARE)
+        if not taken:
             raise failure("did not take keys and values that it did not compute")
 
     def moved_to(self, make: Callable[[], Context]) -> Context:
@@ -210,14 +252,12 @@ class Context:
 
     def _get_state(self, sequence: int = 0) -> NDArray[np.uint8]:
         state = np.empty(lib.llama_state_seq_get_size(self.handle, sequence), np.uint8)
-        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        n_bytes = lib.llama_state_seq_get_data(self.handle, data, len(state), sequence)
+        n_bytes = lib.llama_state_seq_get_data(self.handle, _bytes(state), len(state), sequence)
         return state[:n_bytes]
 
     def _set_state(self, state: NDArray[np.uint8], sequence: int = 0) -> bool:
-        data, n_bytes = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(state)
-        read = lib.llama_state_seq_set_data(self.handle, data, n_bytes, sequence)
-        return bool(read == n_bytes)
+        read = lib.llama_state_seq_set_data(self.handle, _bytes(state), len(state), sequence)
+        return bool(read == len(state))
 
     def set_threads(self, threads: int) -> None:
         lib.llama_set_n_threads(self.handle, threads, threads)
@@ -242,3 +282,7 @@ class Context:
         if self.handle:
             lib.llama_free(self.handle)
             self.handle = None
+
+
+def _bytes(data: NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

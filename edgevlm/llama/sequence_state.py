@@ -13,69 +13,85 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 HEAD_BYTES = 8  # what the library puts first: a magic number and the sequence id
 _GGML_TYPES = {"float32": 0, "float16": 1}
+_NUMBER, _BEFORE_KEYS, _BEFORE_VALUES = map(struct.Struct, ("<I", "<iQ", "<iII"))
 _CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
 
 
 @dataclass(frozen=True)
 class State:
-    """One sequence at positions 0 to n, for a cache without flash attention.
+    """One sequence at some positions, for a cache without flash attention.
 
     Attributes:
+        positions: one after the other.
         data: uint8, all of it.
-        keys, values: views of it for each layer, [n, width] and [width, n], to be filled in.
+        front: the bytes before keys and values, which name the positions.
+        keys, values: views of `data` for each layer, [n, width] and [width, n].
     """
 
+    positions: range
     data: NDArray[np.uint8]
+    front: bytes
     keys: list[NDArray[Any]]
     values: list[NDArray[Any]]
 
 
-def lay_out(
-    head: bytes,
-    n: int,
-    cache_shape: tuple[int, int],
-    dtype: DTypeLike,
-    n_streams: int = 1,
-    memory: NDArray[np.uint8] | None = None,
-) -> State:
-    """Everything but the keys and values.
+@dataclass(frozen=True)
+class Layout:
+    """What does not depend on positions.
 
-    Args:
-        cache_shape: layers, and values that each layer's keys have at one position.
+    Attributes:
+        head: HEAD_BYTES of a state that the library wrote.
+        n_layers, width: of the cache, and how many values a layer's keys have at one position.
         dtype: the cache's float16 or float32.
         n_streams: of the cache, one a sequence; what stands in a stream goes to the sequence that
             the state is set for, so the first has all and the others none.
-        memory: used where it suffices: new memory costs more than what is written to it.
     """
-    element = np.dtype(dtype)
-    kind = _GGML_TYPES[element.name]
-    layers, width = cache_shape
-    cells = np.zeros(n, _CELL)
-    cells["position"], cells["sequences"] = np.arange(n), 1
-    front = head + struct.pack("<II", n_streams, n) + cells.tobytes()
-    front += struct.pack("<II", 1, layers)
-    before_keys = struct.pack("<iQ", kind, width * element.itemsize)
-    before_values = struct.pack("<iII", kind, element.itemsize, width)
-    part_bytes = n * width * element.itemsize
-    n_bytes = len(front) + layers * (len(before_keys) + len(before_values) + 2 * part_bytes)
-    n_bytes += 4 * (n_streams - 1)
-    if memory is None or len(memory) < n_bytes:
-        memory = np.empty(n_bytes, np.uint8)
-    state = State(memory[:n_bytes], [], [])
-    state.data[: len(front)] = np.frombuffer(front, np.uint8)
-    end = len(front)
-    for lead, parts, shape in (
-        (before_keys, state.keys, (n, width)),
-        (before_values, state.values, (width, n)),
-    ):
-        for _ in range(layers):
-            start = end + len(lead)
-            state.data[end:start] = np.frombuffer(lead, np.uint8)
-            end = start + part_bytes
-            parts.append(state.data[start:end].view(element).reshape(shape))
-    state.data[end:] = 0
-    return state
+
+    head: bytes
+    n_layers: int
+    width: int
+    dtype: np.dtype[Any]
+    n_streams: int
+
+    def n_bytes(self, n: int) -> int:
+        """Of a state of `n` positions."""
+        leads = self.n_layers * (_BEFORE_KEYS.size + _BEFORE_VALUES.size)
+        front = HEAD_BYTES + 4 * _NUMBER.size + n * _CELL.itemsize
+        return front + leads + 2 * self.n_layers * self._part(n) + _NUMBER.size * self._others
+
+    @property
+    def _others(self) -> int:
+        return self.n_streams - 1
+
+    def _part(self, n: int) -> int:
+        return n * self.width * self.dtype.itemsize
+
+    def state(self, positions: range, memory: NDArray[np.uint8] | None = None) -> State:
+        """Everything but the keys and values; in `memory`, n_bytes of it, where that is given."""
+        n = len(positions)
+        data = np.empty(self.n_bytes(n), np.uint8) if memory is None else memory[: self.n_bytes(n)]
+        kind, size = _GGML_TYPES[self.dtype.name], self.dtype.itemsize
+        cells = np.zeros(n, _CELL)
+        cells["position"], cells["sequences"] = positions, 1
+        front = self.head + struct.pack("<II", self.n_streams, n) + cells.tobytes()
+        front += struct.pack("<II", 1, self.n_layers)
+        before_keys = _BEFORE_KEYS.pack(kind, self.width * size)
+        before_values = _BEFORE_VALUES.pack(kind, size, self.width)
+        state = State(positions, data, front, [], [])
+        data[: len(front)] = np.frombuffer(front, np.uint8)
+        end = len(front)
+        for lead, parts, shape in (
+            (before_keys, state.keys, (n, self.width)),
+            (before_values, state.values, (self.width, n)),
+        ):
+            for _ in range(self.n_layers):
+                start = end + len(lead)
+                data[end:start] = np.frombuffer(lead, np.uint8)
+                end = start + self._part(n)
+                parts.append(data[start:end].view(self.dtype).reshape(shape))
+        data[end:] = 0
+        return state

@@ -105,7 +105,7 @@ def export(
             one.write(directory / file, parts.language)
         _write_language(parts, directory, language, imatrix, budget, report)
         if prefill != "none":
-            _write_prefill(parts.language, parts.manifest["image"], directory, prefill, report)
+            _write_prefill(parts.language, directory, prefill, report)
         shutil.copyfile(checkpoint.tokenizer, directory / "tokenizer.json")
         manifest = {
             "name": out.resolve().name,
@@ -163,8 +163,7 @@ def export_pair(
         for name, content in planned.texts.items():
             (directory / name).write_text(content, encoding="utf-8")
         if prefill != "none":
-            image = planned.manifest["image"]
-            _write_prefill(planned.files.language(), image, directory, prefill, report)
+            _write_prefill(planned.files.language(), directory, prefill, report)
         manifest = {
             "name": out.resolve().name,
             "source": {"id": planned.files.name, "revision": ""},
@@ -230,16 +229,10 @@ def _write_arrays(files: Mapping[str, Arrays], directory: Path, dtype: str) -> N
         np.savez(directory / name, **values)
 
 
-def _write_prefill(
-    language: Language, image: Mapping[str, Any], directory: Path, kind: str, report: Progress
-) -> None:
+def _write_prefill(language: Language, directory: Path, kind: str, report: Progress) -> None:
     from . import prefill
 
-    prefill.write(
-        language, directory, kind,
-        prefix=bool(image.get("bidirectional_tokens")),
-        progress=partial(report, f"prefill {kind}"),
-    )  # fmt: skip
+    prefill.write(language, directory, kind, progress=partial(report, f"prefill {kind}"))
 
 
 def _chosen(options: Options) -> dict[str, str]:

@@ -34,7 +34,6 @@ def write(
     directory: Path,
     kind: str,
     *,
-    prefix: bool,
     progress: Progress | None = None,
 ) -> None:
     """prefill.onnx, and its weights as prefill.data; `kind` is "int8" or "fp32".
@@ -45,21 +44,20 @@ def write(
     Raises:
         BundleError: no graph can be made for this architecture.
     """
-    model = graph(language, half=kind == "int8", prefix=prefix)
+    model = graph(language, half=kind == "int8")
     if kind == "int8":
         model = precision.int8(model, parts=PARTS)
     model.save(directory / GRAPH, data=directory / WEIGHTS, progress=progress)
 
 
-def graph(
-    language: Language, *, half: bool = False, prefix: bool = False, hidden: bool = False
-) -> Model:
+def graph(language: Language, *, half: bool = False, hidden: bool = False) -> Model:
     """The graph in fp32.
 
-    Input `rows`: float32 [n, n_embd], at positions 0 to n. Outputs for every layer N, in float16
-    where `half`: `keys.N` [n, width], rotated, and `values.N` [width, n], where width is heads of
-    keys × head. A row attends to itself and those before it. With `prefix` there is an input
-    `n_prefix`, int64 []: so many rows at the front attend to each other.
+    Inputs: `rows`, float32 [n, n_embd]; `n_past`, int64 [], how many were read before; and of these
+    for every layer N that attends `past_keys.N` and `past_values.N`, as the outputs for every layer
+    N: `keys.N` [n, width], rotated, and `values.N` [width, n], in float16 where `half`, where width
+    is heads of keys × head. A row attends to itself and all before it, and the first `n_prefix`
+    rows of all, int64 [], to each other.
     `hidden` adds what the head would read, float32 [n, n_embd], to measure what int8 changes.
     """
     if language.arch not in _ARCHITECTURES:
@@ -67,43 +65,43 @@ def graph(
             f"no prefill graph is known for {language.arch} (known: {', '.join(_ARCHITECTURES)}): "
             "export with --prefill none"
         )
-    return _Decoder(language, half, prefix).build(hidden)
+    return _Decoder(language, half).build(hidden)
 
 
 class _Decoder(Builder):
-    def __init__(self, language: Language, half: bool, prefix: bool) -> None:
+    def __init__(self, language: Language, half: bool) -> None:
         super().__init__()
         config = language.config
         self._tensors = {tensor.name: tensor for tensor in language.tensors}
-        self._config, self._half, self._prefix = config, half, prefix
+        self._config, self._half = config, half
         self._n_layers: int = config["num_hidden_layers"]
         self._n_heads: int = config["num_attention_heads"]
         self._n_kv_heads: int = config["num_key_value_heads"]
         self._head: int = config["head_dim"]
         self._width = self._n_kv_heads * self._head
+        self._dtype = np.float16 if half else np.float32  # of keys and values
         self._interleaved = int(language.arch == "llama")
         self._front = self.constant([0], np.int64)
 
     def build(self, hidden: bool) -> Model:
         value = self.input("rows", np.float32, ["n", self._config["hidden_size"]])
-        if self._prefix:
-            self._n_prefix = self.input("n_prefix", np.int64, [])
-        self._place(value)
+        n_past = self.input("n_past", np.int64, [])
+        self._n_prefix = self.input("n_prefix", np.int64, [])
+        self._place(value, n_past)
         for layer in range(self._n_layers):
             value = self._block(layer, value, only_keys=layer + 1 == self._n_layers and not hidden)
         if hidden:
             value = self._norm("output_norm", value)
             self.result(value, "hidden", np.float32, ["n", self._config["hidden_size"]])
-        model = self.model()
-        exact = (attention.function(attention.EXACT_PREFIX),) if self._prefix else ()
-        return replace(model, functions=exact)
+        return replace(self.model(), functions=(attention.function(attention.EXACT_CAUSAL),))
 
-    def _place(self, rows: str) -> None:
-        """Positions, and the angles that llama.cpp's rope turns pairs by."""
-        self._n = self.op("Squeeze", self.op("Shape", rows, start=0, end=1))
+    def _place(self, rows: str, n_past: str) -> None:
+        """The angles that llama.cpp's rope turns pairs by at the rows' positions."""
+        n = self.op("Squeeze", self.op("Shape", rows, start=0, end=1))
         zero, one = (self.constant(value, np.int64) for value in (0, 1))
-        positions = self.op("Range", zero, self._n, one)
-        self._positions = self.op("Unsqueeze", positions, self._front)  # [1, n]
+        numbers = self.op("Range", zero, n, one)
+        self._numbers = self.op("Unsqueeze", numbers, self._front)  # [1, n]: of rows in the tables
+        positions = self.op("Add", numbers, n_past)
         rope = self._config["rope"]
         n_pairs = rope["dimensions"] // 2
         frequencies = rope["rope_theta"] ** -(np.arange(n_pairs) / n_pairs)
@@ -124,7 +122,7 @@ class _Decoder(Builder):
         self._hand_over(layer, key, values)
         if only_keys:
             return value
-        mixed = self._attention(self._rotated(query, self._n_heads), key, values)
+        mixed = self._attention(layer, self._rotated(query, self._n_heads), key, values)
         mixed = self._linear(f"{name}.attn_output", mixed)
         if f"{name}.ffn_norm.weight" not in self._tensors:  # attention and MLP side by side
             return self.op("Add", self.op("Add", value, mixed), self._mlp(name, normed))
@@ -153,7 +151,7 @@ class _Decoder(Builder):
     def _rotated(self, value: str, n_heads: int) -> str:
         """Pairs are neighbours for llama, halves of the rotated part for the others."""
         return self.op(
-            "RotaryEmbedding", value, self._positions, self._cosines, self._sines,
+            "RotaryEmbedding", value, self._numbers, self._cosines, self._sines,
             domain=CONTRIB, interleaved=self._interleaved,
             num_heads=n_heads, rotary_embedding_dim=self._config["rope"]["dimensions"],
         )  # fmt: skip
@@ -162,41 +160,23 @@ class _Decoder(Builder):
         """In the cache's order: keys by position, values by channel (no flash attention)."""
         keys = self.op("Squeeze", key, self._front)
         channels = self.op("Transpose", self.op("Squeeze", values, self._front), perm=[1, 0])
-        dtype = np.float16 if self._half else np.float32
         for name, part, shape in (
             (f"keys.{layer}", keys, ["n", self._width]),
             (f"values.{layer}", channels, [self._width, "n"]),
         ):
             if self._half:
                 part = self.op("Cast", part, to=TensorProto.FLOAT16)
-            self.result(part, name, dtype, shape)
+            self.result(part, name, self._dtype, shape)
 
-    def _attention(self, query: str, key: str, values: str) -> str:
+    def _attention(self, layer: int, query: str, key: str, values: str) -> str:
         """[1, n, heads × head] → [n, heads × head]"""
-        if self._prefix:
-            key, values = self._repeated(key), self._repeated(values)
-            mixed = self.op(
-                attention.EXACT_PREFIX, query, key, values, self._n_prefix,
-                domain=DOMAIN, num_heads=self._n_heads,
-            )  # fmt: skip
-        else:
-            total = self.op("Cast", self._n, to=TensorProto.INT32)
-            last = self.op("Sub", total, self.constant([1], np.int32))
-            mixed = self.op(
-                "GroupQueryAttention", query, key, values, "", "", last, total,
-                domain=CONTRIB, num_heads=self._n_heads, kv_num_heads=self._n_kv_heads,
-            )  # fmt: skip
+        past_keys = self.input(f"past_keys.{layer}", self._dtype, ["n_past", self._width])
+        past_values = self.input(f"past_values.{layer}", self._dtype, [self._width, "n_past"])
+        mixed = self.op(
+            attention.EXACT_CAUSAL, query, key, values, past_keys, past_values, self._n_prefix,
+            domain=DOMAIN, num_heads=self._n_heads, kv_num_heads=self._n_kv_heads,
+        )  # fmt: skip
         return self.op("Squeeze", mixed, self._front)
-
-    def _repeated(self, value: str) -> str:
-        """Every head of keys as often as heads of queries share it."""
-        times = self._n_heads // self._n_kv_heads
-        if times == 1:
-            return value
-        shape = [1, -1, self._n_kv_heads, 1, self._head]
-        heads = self.op("Reshape", value, self.constant(shape, np.int64))
-        heads = self.op("Tile", heads, self.constant([1, 1, 1, times, 1], np.int64))
-        return self.op("Reshape", heads, self.constant([1, -1, times * self._width], np.int64))
 
     def _mlp(self, name: str, value: str) -> str:
         n_inner = self._tensors[f"{name}.ffn_down.weight"].shape[1]

@@ -25,7 +25,10 @@ from .random_shapes import SHAPES, Shape
 NAMES = tuple(SHAPES)
 SEED = 0
 # Words of the usual questions are one token each; Moondream's templates know one by its id.
-_WORDS = ("Describe", "Ġthis", "Ġimage", "Ġin", "Ġone", "Ġshort", "Ġsentence", "Ġdetail")
+_WORDS = (
+    "Describe", "Ġthis", "Ġimage", "Ġin", "Ġone", "Ġshort", "Ġsentence", "Ġdetail",
+    "What", "Ġis", "Ġthe", "Ġpicture", "Which", "Ġcolours", "Ġdo", "Ġyou", "Ġsee",
+)  # fmt: skip
 _FIXED = {"query": 15381}
 
 
