@@ -91,6 +91,30 @@ void transpose(__m512i (&rows)[16]) {
   std::memcpy(rows, halves, sizeof rows);
 }
 
+// Keys → a column each: 16 pairs of 16 keys at a time.
+void arrange_keys(const Job& job, const float* rows, size_t kv_head, Pair* arranged) {
+  const Attention& a = job.attention;
+  const size_t stride = a.n_kv_heads * a.width;
+  const size_t n_pairs = a.width / 2;
+  for (size_t i = 0; i < job.n_panels * kPanel; i += 16) {
+    Pair* columns = arranged + i / kPanel * n_pairs * kPanel + i % kPanel;
+    for (size_t k = 0; k < n_pairs; k += 16) {
+      const size_t left = a.width - 2 * k;
+      __m512i pairs[16] = {};
+      for (size_t j = 0; j < 16 && i + j < job.n_keys; ++j) {
+        const size_t row = i + j;
+        pairs[j] = row < a.n_past
+                       ? paired(a.past_keys + row * stride + kv_head * a.width + 2 * k, left)
+                       : paired(rows + (row - a.n_past) * stride + 2 * k, left);
+      }
+      transpose(pairs);
+      for (size_t j = 0; j < least(16, n_pairs - k); ++j) {
+        _mm512_store_si512(columns + (k + j) * kPanel, pairs[j]);
+      }
+    }
+  }
+}
+
 // Values of the past lie by channel: 16 pairs of rows of 16 channels at a time.
 void arrange_past_values(const Attention& a, size_t kv_head, size_t n_columns, Pair* values) {
   const uint16_t* channels = a.past_values + kv_head * a.width * a.n_past;
@@ -131,26 +155,7 @@ void arrange(void* data, size_t index) {
   const size_t stride = a.n_kv_heads * a.width;
   const size_t kv_head = index % a.n_kv_heads;
   const size_t first = index / a.n_kv_heads * a.n * stride + kv_head * a.width;
-  const uint16_t* past = a.past_keys + kv_head * a.width;
-  const float* keys = a.keys + first;
-  Pair* arranged = job.keys + index * job.key_pairs();
-  const size_t n_pairs = a.width / 2;
-  for (size_t i = 0; i < job.n_panels * kPanel; i += 16) {
-    Pair* columns = arranged + i / kPanel * n_pairs * kPanel + i % kPanel;
-    for (size_t k = 0; k < n_pairs; k += 16) {
-      __m512i pairs[16] = {};
-      for (size_t j = 0; j < 16 && i + j < job.n_keys; ++j) {
-        const size_t row = i + j;
-        const size_t left = a.width - 2 * k;
-        pairs[j] = row < a.n_past ? paired(past + row * stride + 2 * k, left)
-                                  : paired(keys + (row - a.n_past) * stride + 2 * k, left);
-      }
-      transpose(pairs);
-      for (size_t j = 0; j < least(16, n_pairs - k); ++j) {
-        _mm512_store_si512(columns + (k + j) * kPanel, pairs[j]);
-      }
-    }
-  }
+  arrange_keys(job, a.keys + first, kv_head, job.keys + index * job.key_pairs());
   Pair* values = job.values + index * job.value_pairs();
   arrange_past_values(a, kv_head, job.n_columns, values);
   for (size_t i = a.n_past / 2 * 2; i < job.n_panels * kPanel; i += 2) {
