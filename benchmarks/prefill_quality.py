@@ -109,9 +109,12 @@ class GraphLogits:
 def from_the_front(session: Session, rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     """The inputs of a prefill graph where nothing was read before."""
     zero = np.array(0, np.int64)
+    dtypes = {"tensor(float16)": np.float16}
     nothing = {
-        name: np.empty([size if isinstance(size, int) else 0 for size in shape], np.float32)
-        for name, (_, shape) in session.inputs.items()
+        name: np.empty(
+            [size if isinstance(size, int) else 0 for size in shape], dtypes.get(kind, np.float32)
+        )
+        for name, (kind, shape) in session.inputs.items()
     }
     return {**nothing, "n_past": zero, "n_prefix": zero, "rows": rows}
 
@@ -175,7 +178,8 @@ class HandedOver:
 def measure(model: Path, n_chunks: int, floats: list[str], threads: int) -> Iterator[Row]:
     language = language_file.read(language_file.File(model))
     whole = prefill.graph(language, hidden=True)
-    shipped = prefill.graph(language)
+    halves = prefill.graph(language, half=True, hidden=True)
+    shipped = prefill.graph(language, half=True)
     layers = precision.linear_layers(whole)
     tokenizer = llama.Model(model, extra_buffers=False)
     ids = tokenizer.tokenize(prose()[: 8 * n_chunks * CHUNK_TOKENS])
@@ -203,7 +207,7 @@ def measure(model: Path, n_chunks: int, floats: list[str], threads: int) -> Iter
         for kept in ("", *floats):
             keep = [name for name in layers if kept and kept in name]
             what = f"int8 graph{kept and f', {kept} in float'}"
-            alone = precision.int8(whole, keep, parts=prefill.PARTS)
+            alone = precision.int8(halves, keep, parts=prefill.PARTS)
             yield score(f"{what}, alone", GraphLogits(alone, language, directory, threads))
             peer = HandedOver(
                 precision.int8(shipped, keep, parts=prefill.PARTS), file, directory, threads
