@@ -6,6 +6,7 @@ be had while the model is busy with this one, and a photo seen before needs neit
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from edgevlm import cache, image, kernels, preprocess, sessions, vision
+from edgevlm import cache, image, kernels, mapped, preprocess, sessions, vision
 from edgevlm.answer import Device, EncodedImage
 from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
@@ -90,7 +91,7 @@ class Encoder:
         self._bundle = bundle
         self._device = device
         self._make_room = make_room
-        self._model_sha256 = bundle.sha256("vision.onnx")
+        self._model_sha256, self._weights = _sha256(bundle), bundle.file("vision.data")
         self._session: sessions.Session | None = self._open_session()
         self._cache = cache.Cache(settings.cache_bytes) if settings.cache else None
         self._made_by = (  # what else than the picture decides what its embeddings are
@@ -102,7 +103,8 @@ class Encoder:
 
     def _open_session(self) -> sessions.Session:
         path = self._bundle.file("vision.onnx")
-        session = sessions.Session(path, self._threads, self._device, sha256=self._model_sha256)
+        kept = "" if self._weights.is_file() else self._model_sha256  # no copy of what is mapped
+        session = sessions.Session(path, self._threads, self._device, sha256=kept)
         (_, shape), *_ = session.outputs.values()
         width, expected = shape[-1], self._bundle.manifest["n_embd"]
         if width != expected:
@@ -180,6 +182,7 @@ class Encoder:
                 seen.photo.family,
                 self._cancel,
             )
+        mapped.drop(self._weights)  # the language model comes next
         made = cache.entry(embeddings)
         if self._cache is not None and seen.key is not None:
             self._cache.put(seen.key, made)
@@ -198,3 +201,11 @@ class Encoder:
             key=entry.sha256,
             model_sha256=self._model_sha256,
         )
+
+
+def _sha256(bundle: Bundle) -> str:
+    """Of the vision model, whose weights may lie in a file of their own."""
+    of_graph = bundle.sha256("vision.onnx")
+    if not bundle.has("vision.data"):
+        return of_graph
+    return hashlib.sha256((of_graph + bundle.sha256("vision.data")).encode()).hexdigest()

@@ -19,7 +19,8 @@ from edgevlm import bundle, device, paths
 from edgevlm.errors import BundleError
 
 _GRAPH, _ENTRY = "vision.onnx", "entry.json"
-# Above, rearranging the weights takes the time, not the graph, and a copy would fill the disk.
+# Above, rearranging the weights takes the time, not the graph, and a copy would fill the disk. The
+# exporter puts weights of larger graphs into a file of their own, which is mapped.
 MOST_BYTES = 64_000_000
 
 

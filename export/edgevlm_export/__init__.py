@@ -254,7 +254,10 @@ def _write_vision(
     threads: int,
     report: Progress,
 ) -> None:
-    """vision.onnx; for int8, what the gate found goes into the card."""
+    """vision.onnx, with its weights apart where they are many; for int8, what the gate found goes
+    into the card."""
+    from edgevlm import graph_cache
+
     from . import gate, precision
     from . import photos as pictures
 
@@ -272,7 +275,8 @@ def _write_vision(
         model = precision.int8(model, verdict.float_layers)
         parity = {**manifest["card"]["parity"], "vision_int8": verdict.card()}
         manifest["card"] = {**manifest["card"], "parity": parity}
-    model.save(directory / "vision.onnx", progress=partial(report, "vision"))
+    data = directory / "vision.data" if model.n_bytes > graph_cache.MOST_BYTES else None
+    model.save(directory / "vision.onnx", data=data, progress=partial(report, "vision"))
 
 
 def _licence(source: Path) -> str:

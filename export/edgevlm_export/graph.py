@@ -57,6 +57,11 @@ class Model:
     weights: Mapping[str, Weight]
     functions: tuple[onnx.FunctionProto, ...] = ()
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the weights."""
+        return sum(weight.n_bytes for weight in self.weights.values())
+
     def save(
         self, path: Path, *, data: Path | None = None, progress: Progress | None = None
     ) -> None:
@@ -67,10 +72,9 @@ class Model:
         memory holds one of them. With `data` they go to that file beside `path` instead, which
         ONNX Runtime maps into memory.
         """
-        n_bytes = sum(weight.n_bytes for weight in self.weights.values())
-        if data is None and n_bytes > _PROTOBUF_LIMIT_BYTES:
+        if data is None and self.n_bytes > _PROTOBUF_LIMIT_BYTES:
             raise BundleError(
-                f"the vision graph needs {n_bytes} bytes; an ONNX file holds "
+                f"the vision graph needs {self.n_bytes} bytes; an ONNX file holds "
                 f"{_PROTOBUF_LIMIT_BYTES}: export it as fp16 or int8"
             )
         graph = helper.make_graph(
