@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from edgevlm import cache, image, kernels, mapped, preprocess, sessions, vision
+from edgevlm import cache, image, kernels, preprocess, sessions, vision
 from edgevlm.answer import Device, EncodedImage
 from edgevlm.bundle import Bundle
 from edgevlm.cancel import Cancel
@@ -182,7 +182,7 @@ class Encoder:
                 seen.photo.family,
                 self._cancel,
             )
-        mapped.drop(self._weights)  # the language model comes next
+        kernels.drop_mapped(self._weights)  # the language model comes next
         made = cache.entry(embeddings)
         if self._cache is not None and seen.key is not None:
             self._cache.put(seen.key, made)

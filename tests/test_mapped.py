@@ -13,7 +13,7 @@ from edgevlm_export.bundle import seal
 from PIL import Image
 
 import edgevlm
-from edgevlm import graph_cache, mapped, paths
+from edgevlm import graph_cache, kernels, paths
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BundleError
 
@@ -88,7 +88,7 @@ def test_what_is_dropped_leaves_the_process_and_can_be_read_again(tmp_path: Path
     values = np.memmap(path, np.uint8, "r")
     expected = int(values.sum(dtype=np.int64))
     assert resident_kb(path) == 1024
-    mapped.drop(path)
+    kernels.drop_mapped(path)
     assert resident_kb(path) == 0
     assert int(values.sum(dtype=np.int64)) == expected
-    mapped.drop(tmp_path / "absent")
+    kernels.drop_mapped(tmp_path / "absent")
