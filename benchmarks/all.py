@@ -15,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 _NO_QUESTION = {"all", "check", "common", "render", "towers"}
 _WANT_A_MODEL = {"batch", "cache", "prefill", "prefill_quality"}
+_TAKE_NO_TIME = {"memory"}  # nothing for the page, whose tables are of times
 # More results of one script, by their name: which, and how it is called.
 _VARIANTS = {
     "end_to_end_busy": "end_to_end moondream2 --busy --max-tokens 8",
@@ -29,7 +30,7 @@ def scripts() -> list[str]:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or sorted({*scripts(), *_VARIANTS} - _WANT_A_MODEL):
+    for name in sys.argv[1:] or sorted({*scripts(), *_VARIANTS} - _WANT_A_MODEL - _TAKE_NO_TIME):
         print(f"\n--- {name}", flush=True)
         out = HERE / "results" / f"{name}.json"
         script, *options = _VARIANTS.get(name, name).split()

@@ -4,7 +4,7 @@ Each model describes one photo in a process of its own; what counts is resident 
 mapped files included, as the system tells it. Random weights at real shapes besides nano; the
 larger ones are made at the first time, which takes minutes.
 
-    python benchmarks/memory.py [MODEL ...] [--tokens N]
+    python benchmarks/memory.py [MODEL ...]
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from edgevlm_export import random_models
@@ -26,12 +25,12 @@ from edgevlm.bench import photo
 
 MODELS = ("nano", "smolvlm-256m", "moondream2", "moondream2 gguf", "llava-phi-3-mini")
 _SIZE_PX = 1500, 2000
+_TOKENS = 16  # of the answer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("model", nargs="*", default=MODELS, help="name of a shape, or a bundle")
-    parser.add_argument("--tokens", type=int, default=16, help="of the answer")
     parser.add_argument("--inner", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inner:
@@ -45,10 +44,9 @@ def main() -> None:
         for model in options.model:
             name, _, route = model.partition(" ")
             given = {"model": str(find(name)), "picture": str(file), "route": route or "auto"}
-            given["tokens"] = options.tokens
             command = [sys.executable, __file__, "--inner", json.dumps(given)]
             said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            files, peak, plan = (json.loads(said)[key] for key in ("files", "peak", "plan"))
+            files, peak, plan = json.loads(said)
             print(
                 f"{model:26}{files / 1e6:>10.0f}{peak / 1e6:>10.0f}{peak / files:>9.2f}×"
                 f"{plan / 1e6:>10.0f}",
@@ -63,18 +61,14 @@ def find(name: str) -> Path:
     return registry.resolve(name)
 
 
-def measure(model: str, picture: str, route: str, tokens: int) -> dict[str, Any]:
+def measure(model: str, picture: str, route: str) -> list[int]:
     """Bytes of the files, at the peak, and of the plan."""
     with edgevlm.load(model, cache=False, prefill=route) as vlm:
-        vlm.describe(picture, max_tokens=tokens, repetition_stop=False)
+        vlm.describe(picture, max_tokens=_TOKENS, repetition_stop=False)
         sizes = {name: entry["bytes"] for name, entry in vlm.bundle.manifest["files"].items()}
         if route == "gguf":  # nothing opens the prefill graph
             sizes = {name: size for name, size in sizes.items() if not name.startswith("prefill.")}
-        return {
-            "files": sum(sizes.values()),
-            "peak": device.peak_rss_bytes(),
-            "plan": vlm.plan.peak_bytes,
-        }
+        return [sum(sizes.values()), device.peak_rss_bytes(), vlm.plan.peak_bytes]
 
 
 if __name__ == "__main__":

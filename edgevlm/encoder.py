@@ -91,7 +91,9 @@ class Encoder:
         self._bundle = bundle
         self._device = device
         self._make_room = make_room
-        self._model_sha256, self._weights = _sha256(bundle), bundle.file("vision.data")
+        self._model_sha256 = _sha256(bundle)
+        # mapped while the session lives; a small graph holds its weights itself
+        self._weights = bundle.file("vision.data") if bundle.has("vision.data") else None
         self._session: sessions.Session | None = self._open_session()
         self._cache = cache.Cache(settings.cache_bytes) if settings.cache else None
         self._made_by = (  # what else than the picture decides what its embeddings are
@@ -103,7 +105,7 @@ class Encoder:
 
     def _open_session(self) -> sessions.Session:
         path = self._bundle.file("vision.onnx")
-        kept = "" if self._weights.is_file() else self._model_sha256  # no copy of what is mapped
+        kept = "" if self._weights else self._model_sha256  # no copy of what is mapped
         session = sessions.Session(path, self._threads, self._device, sha256=kept)
         (_, shape), *_ = session.outputs.values()
         width, expected = shape[-1], self._bundle.manifest["n_embd"]
@@ -182,7 +184,8 @@ class Encoder:
                 seen.photo.family,
                 self._cancel,
             )
-        kernels.drop_mapped(self._weights)  # the language model comes next
+        if self._weights is not None:
+            kernels.drop_mapped(self._weights)  # the language model comes next
         made = cache.entry(embeddings)
         if self._cache is not None and seen.key is not None:
             self._cache.put(seen.key, made)

@@ -120,8 +120,7 @@ def trim() -> None:
 def drop_mapped(path: Path) -> None:
     """Take what is mapped of a file out of this process's memory until it is used again.
 
-    It stays in the system's cache: 435 MB were dropped in 9 ms, and a vision model's next run took
-    no longer than runs differ. (Linux; elsewhere the system alone decides.)
+    It stays in the system's cache. (Linux; elsewhere the system alone decides.)
     """
     try:
         table = Path("/proc/self/maps").read_text()

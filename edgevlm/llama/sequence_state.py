@@ -61,11 +61,8 @@ class Layout:
         """Of a state of `n` positions."""
         leads = self.n_layers * (_BEFORE_KEYS.size + _BEFORE_VALUES.size)
         front = HEAD_BYTES + 4 * _NUMBER.size + n * _CELL.itemsize
-        return front + leads + 2 * self.n_layers * self._part(n) + _NUMBER.size * self._others
-
-    @property
-    def _others(self) -> int:
-        return self.n_streams - 1
+        empty_streams = _NUMBER.size * (self.n_streams - 1)
+        return front + leads + 2 * self.n_layers * self._part(n) + empty_streams
 
     def _part(self, n: int) -> int:
         return n * self.width * self.dtype.itemsize
