@@ -222,13 +222,14 @@ float soften(float* scores, size_t n, size_t padded) {
     const __m512 some = _mm512_mask_loadu_ps(peaks, first16(n - i), scores + i);
     peaks = _mm512_max_ps(peaks, some);
   }
-  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(peaks));
+  const __m512 log2_e = _mm512_set1_ps(kLog2E);
+  const __m512 peak = _mm512_set1_ps(kLog2E * _mm512_reduce_max_ps(peaks));
   __m512 sum = _mm512_setzero_ps();
   auto* narrow = reinterpret_cast<uint16_t*>(scores);  // 16 bits trail the 32 that are read
   for (size_t i = 0; i < padded; i += 16) {
     const __mmask16 some = i < n ? first16(n - i) : 0;
-    const __m512 shifted = _mm512_sub_ps(_mm512_load_ps(scores + i), peak);
-    const __m512 weight = _mm512_maskz_mov_ps(some, exponential<4>(shifted));
+    const __m512 shifted = _mm512_fmsub_ps(_mm512_load_ps(scores + i), log2_e, peak);
+    const __m512 weight = _mm512_maskz_mov_ps(some, power_of_2<4>(shifted));
     sum = _mm512_add_ps(sum, weight);
     _mm256_store_si256(reinterpret_cast<__m256i*>(narrow + i), narrowed(weight));
   }

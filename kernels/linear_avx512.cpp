@@ -125,16 +125,15 @@ void pack(const int8_t* weights, size_t stride, size_t n, size_t padded, size_t 
 
 __m512 activated(__m512 x, Activation activation, float alpha) {
   if (activation == Activation::kNone) return x;
-  __m512 inner;
+  __m512 factor;  // x · sigmoid(y) is x / (1 + 2^(factor · x))
   if (activation == Activation::kQuickGelu) {
-    inner = _mm512_mul_ps(x, _mm512_set1_ps(alpha));
+    factor = _mm512_set1_ps(-kLog2E * alpha);
   } else {  // (1 + tanh(y)) / 2 is sigmoid(2 y)
-    const __m512 cubic = _mm512_mul_ps(_mm512_set1_ps(0.0713548162726F), _mm512_mul_ps(x, x));
-    inner = _mm512_mul_ps(x, _mm512_add_ps(cubic, _mm512_set1_ps(1.59576912161F)));
+    factor = _mm512_fmadd_ps(_mm512_set1_ps(-kLog2E * 0.0713548162726F), _mm512_mul_ps(x, x),
+                             _mm512_set1_ps(-kLog2E * 1.59576912161F));
   }
-  const __m512 one = _mm512_set1_ps(1);
-  const __m512 inverse = exponential(_mm512_sub_ps(_mm512_setzero_ps(), inner));
-  return _mm512_div_ps(x, _mm512_add_ps(one, inverse));
+  const __m512 inverse = power_of_2<6>(_mm512_mul_ps(x, factor));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), inverse));
 }
 
 // Inline, because gcc 12 keeps the sums of the intrinsic in memory: half the speed.
