@@ -94,6 +94,7 @@ class Encoder:
         self._model_sha256 = _sha256(bundle)
         # mapped while the session lives; a small graph holds its weights itself
         self._weights = bundle.file("vision.data") if bundle.has("vision.data") else None
+        self._is_first = True
         self._session: sessions.Session | None = self._open_session()
         self._cache = cache.Cache(settings.cache_bytes) if settings.cache else None
         self._made_by = (  # what else than the picture decides what its embeddings are
@@ -184,8 +185,11 @@ class Encoder:
                 seen.photo.family,
                 self._cancel,
             )
-        if self._weights is not None:
-            kernels.drop_mapped(self._weights)  # the language model comes next
+        if self._weights is not None and self._is_first:
+            # The language model's files come into memory next. Later they are there already when
+            # a picture comes, and no peak is lower for dropping these.
+            kernels.drop_mapped(self._weights)
+        self._is_first = False
         made = cache.entry(embeddings)
         if self._cache is not None and seen.key is not None:
             self._cache.put(seen.key, made)

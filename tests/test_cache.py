@@ -334,7 +334,7 @@ def test_the_command_line_shows_and_clears_it(
     capsys.readouterr()
     assert run(["cache", "info"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split(", ")[0] for line in shown] == ["1 photos", "1 graphs"]
+    assert [line.split(", ")[0] for line in shown] == ["1 photo", "1 graph"]
     assert run(["cache", "info", "--json"]) == 0
     kept = json.loads(capsys.readouterr().out)
     assert (kept["entries"], kept["directory"]) == (1, str(cache.directory()))
@@ -342,7 +342,7 @@ def test_the_command_line_shows_and_clears_it(
     assert (kept["graphs"]["entries"], len(copies)) == (1, 1)
     assert kept["graphs"]["bytes"] == copies[0].stat().st_size
     assert run(["cache", "clear"]) == 0
-    assert "1 photos and 1 graphs" in capsys.readouterr().err
+    assert "1 photo and 1 graph" in capsys.readouterr().err
     assert stored() == [*graph_cache.root().rglob("*")] == []
     assert graph_cache.usage() == (0, 0)
     assert run(["cache", "clear"]) == 0

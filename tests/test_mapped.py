@@ -17,6 +17,10 @@ from edgevlm import graph_cache, kernels, paths
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BundleError
 
+linux_tells = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="only Linux says what is mapped"
+)
+
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
@@ -54,6 +58,18 @@ def test_the_picture_is_seen_as_with_weights_inside(
     assert np.array_equal(*found)
 
 
+@linux_tells
+def test_the_first_picture_leaves_room_for_the_language_model(
+    apart: Path, picture: Image.Image
+) -> None:
+    held = []
+    with edgevlm.load(apart, threads=1, cache=False) as vlm:
+        for _ in range(2):
+            vlm.encode(picture)
+            held.append(resident_kb(apart / "vision.data"))
+    assert held[0] == 0 < held[1]
+
+
 def test_no_optimized_copy_is_kept(apart: Path, picture: Image.Image) -> None:
     before = graph_cache.usage()
     with edgevlm.load(apart, threads=1) as vlm:
@@ -81,7 +97,7 @@ def test_a_damaged_file_of_weights_is_refused(apart: Path) -> None:
         edgevlm.load(apart, threads=1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what is mapped")
+@linux_tells
 def test_what_is_dropped_leaves_the_process_and_can_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "mapped file"
     path.write_bytes(bytes(range(256)) * 4096)

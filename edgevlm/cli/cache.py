@@ -27,8 +27,9 @@ def info(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**photos, "graphs": graphs}))
         return
-    for what, kept in (("photos", photos), ("graphs", graphs)):
-        click.echo(f"{kept['entries']} {what}, {kept['bytes'] / 1e6:.1f} MB in {kept['directory']}")
+    for what, kept in (("photo", photos), ("graph", graphs)):
+        n = _counted(kept["entries"], what)
+        click.echo(f"{n}, {kept['bytes'] / 1e6:.1f} MB in {kept['directory']}")
 
 
 @command.command("clear")
@@ -43,8 +44,12 @@ def clear() -> None:
         graph_cache.clear()
     except OSError as error:
         raise click.ClickException(f"{paths.home()} cannot be cleared: {error}") from None
-    n_bytes = photo_bytes + graph_bytes
-    click.echo(f"removed {photos} photos and {graphs} graphs, {n_bytes / 1e6:.1f} MB", err=True)
+    removed = f"{_counted(photos, 'photo')} and {_counted(graphs, 'graph')}"
+    click.echo(f"removed {removed}, {(photo_bytes + graph_bytes) / 1e6:.1f} MB", err=True)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _record(directory: Path, entries: int, n_bytes: int) -> dict[str, Any]:
