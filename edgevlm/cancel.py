@@ -3,10 +3,16 @@
 Kernels and llama.cpp poll a flag in native memory; ONNX Runtime has a switch of its own. Python
 handles Ctrl-C only between bytecodes, so native calls run on a worker thread while the caller's
 thread waits where Ctrl-C can reach it.
+
+Models share the workers. OpenMP keeps a team of threads for every thread that called llama.cpp,
+and as soon as all teams together are more than the CPUs it spins a hundred times at a barrier
+instead of GOMP_SPINCOUNT (GNU libgomp manual) and sleeps: with a worker for each of two open models
+a token of either took half as long again.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -19,13 +25,30 @@ from edgevlm.kernels import Flag
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_idle: list[ThreadPoolExecutor] = []  # the last is the one that worked last
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads
+
+
+@contextmanager
+def _worker() -> Iterator[ThreadPoolExecutor]:
+    """A thread for one call; always the same one while no two calls run at a time."""
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = ThreadPoolExecutor(1, thread_name_prefix="edgevlm")
+    try:
+        yield worker
+    finally:
+        _idle.append(worker)
+
 
 class Cancel:
     def __init__(self) -> None:
         self.flag = Flag()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="edgevlm")
         self._stop: Callable[[], None] | None = None
         self._expired = False
+        self._closed = False
 
     def cancel(self) -> None:
         """Make the running call raise `Cancelled`; harmless when nothing runs."""
@@ -73,19 +96,25 @@ class Cancel:
             Cancelled: before it began, or because it saw the flag.
             TimeBudget: the same, because the time of `within` has passed.
             KeyboardInterrupt: Ctrl-C; the work has ended and its memory is free again.
+            RuntimeError: after `close`.
         """
+        if self._closed:
+            raise RuntimeError("this model was closed")
         try:
             self.check()
-            future = self._worker.submit(function, *args, **kwargs)
-            return future.result()
+            with _worker() as worker:
+                future = worker.submit(function, *args, **kwargs)
+                try:
+                    return future.result()
+                except KeyboardInterrupt:
+                    self.cancel()
+                    wait([future])
+                    raise
         except Cancelled as error:
             if self._expired:
                 raise TimeBudget("the time is over before the first word") from error
             raise
-        except KeyboardInterrupt:
-            self.cancel()
-            wait([future])
-            raise
 
     def close(self) -> None:
-        self._worker.shutdown()
+        """No native work begins any more."""
+        self._closed = True
