@@ -3,11 +3,6 @@
 Kernels and llama.cpp poll a flag in native memory; ONNX Runtime has a switch of its own. Python
 handles Ctrl-C only between bytecodes, so native calls run on a worker thread while the caller's
 thread waits where Ctrl-C can reach it.
-
-Models share the workers. OpenMP keeps a team of threads for every thread that called llama.cpp,
-and as soon as all teams together are more than the CPUs it spins a hundred times at a barrier
-instead of GOMP_SPINCOUNT (GNU libgomp manual) and sleeps: with a worker for each of two open models
-a token of either took half as long again.
 """
 
 from __future__ import annotations
@@ -32,7 +27,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def _worker() -> Iterator[ThreadPoolExecutor]:
-    """A thread for one call; always the same one while no two calls run at a time."""
+    """A thread for one call; always the same one while no two calls run at a time.
+
+    All models share them. OpenMP keeps a team for every thread that called llama.cpp, and as soon
+    as all teams together are more than the CPUs it spins a hundred times at a barrier instead of
+    GOMP_SPINCOUNT (GNU libgomp manual) and sleeps: with a thread for each of two open models a
+    token of either took half as long again.
+    """
     try:
         worker = _idle.pop()
     except IndexError:
