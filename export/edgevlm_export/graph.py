@@ -290,14 +290,12 @@ def _quick_gelu(graph: Builder, x: str) -> str:
 
 
 def _erf_gelu(graph: Builder, x: str) -> str:
-    erf = graph.op("Erf", graph.op("Mul", x, graph.constant(math.sqrt(0.5), np.float32)))
-    half = graph.op("Mul", x, graph.constant(0.5, np.float32))
-    return graph.op("Mul", half, graph.op("Add", erf, graph.constant(1.0, np.float32)))
+    """x (1 + erf(x / √2)) / 2"""
+    return graph.op("Gelu", x, domain=CONTRIB)
 
 
 def _tanh_gelu(graph: Builder, x: str) -> str:
-    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), arXiv 1606.08415; one operator, because ONNX
-    Runtime does not see it in the eight standard ones."""
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), arXiv 1606.08415"""
     return graph.op("FastGelu", x, domain=CONTRIB)
 
 
