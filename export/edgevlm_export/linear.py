@@ -95,8 +95,8 @@ class _Body:
         scale = self.op("Mul", peak, self.constant(1 / _LARGEST, np.float32))
         # QuantizeLinear takes a list of scales along one axis: all rows behind one another
         scales = self.op("Reshape", scale, self.constant([-1], np.int64))
-        zero_point = self.constant([_ZERO_POINT], np.uint8)
-        zero_points = self.op("Expand", zero_point, self.op("Shape", scales))
+        zero_point = numpy_helper.from_array(np.array([_ZERO_POINT], np.uint8))
+        zero_points = self.op("ConstantOfShape", self.op("Shape", scales), value=zero_point)
         shape = self.op("Shape", rows)
         width = self.op("Shape", rows, start=-1)
         matrix = self.op("Concat", self.constant([-1], np.int64), width, axis=0)
