@@ -5,6 +5,7 @@
 // instruction wants when its turn comes, which costs a twentieth of the multiplication for the
 // hundreds of rows of a picture, so no second copy of the weights is kept.
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "avx512.h"
@@ -40,29 +41,123 @@ struct Job {
   size_t row_bytes() const { return layer.n_parts * padded; }
 };
 
-void quantize(const float* values, size_t n, size_t padded, uint8_t* integers, float* scale) {
-  __m512 peaks = _mm512_set1_ps(kSmallestPeak);
-  for (size_t i = 0; i < n; i += 16) {
-    peaks = _mm512_max_ps(peaks, _mm512_abs_ps(_mm512_maskz_loadu_ps(first16(n - i), values + i)));
+// Calls step(begin, loaded) for 64 values after another; past the n-th they are 0.
+template <typename Step>
+inline void each64(const float* values, size_t n, Step step) {
+  __m512 loaded[4];
+  size_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) loaded[j] = _mm512_loadu_ps(values + i + 16 * j);
+    step(i, loaded);
   }
-  *scale = _mm512_reduce_max_ps(peaks) * (1 / kLargest);
+  if (i == n) return;
+#pragma GCC unroll 4
+  for (size_t j = 0; j < 4; ++j) {
+    const size_t first = i + 16 * j;
+    loaded[j] = _mm512_maskz_loadu_ps(first < n ? first16(n - first) : 0, values + first);
+  }
+  step(i, loaded);
+}
+
+void quantize(const float* values, size_t n, size_t padded, uint8_t* integers, float* scale) {
+  __m512 peaks[4] = {};
+  each64(values, n, [&](size_t, const __m512(&value)[4]) {
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) peaks[j] = _mm512_max_ps(peaks[j], _mm512_abs_ps(value[j]));
+  });
+  const float peak = _mm512_reduce_max_ps(
+      _mm512_max_ps(_mm512_max_ps(peaks[0], peaks[1]), _mm512_max_ps(peaks[2], peaks[3])));
+  *scale = (peak > kSmallestPeak ? peak : kSmallestPeak) * (1 / kLargest);
   const __m512 divisor = _mm512_set1_ps(*scale);
-  for (size_t i = 0; i < padded; i += 16) {
-    const __mmask16 some = i < n ? first16(n - i) : 0;
-    const __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(some, values + i), divisor);
-    const __m128i rounded = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(value));
-    _mm_mask_storeu_epi8(integers + i, first16(padded - i),
-                         _mm_xor_si128(rounded, _mm_set1_epi8(-kZeroPoint)));
+  const __m512 inverse = _mm512_set1_ps(1 / *scale);
+  // Packing goes by lanes of 128 bits: 4 values of each register are in turn.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  each64(values, n, [&](size_t i, const __m512(&value)[4]) {
+    __m512i rounded[4];
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) {  // the exact quotient, for less than a division
+      const __m512 near = _mm512_mul_ps(value[j], inverse);
+      const __m512 rest = _mm512_fnmadd_ps(near, divisor, value[j]);
+      rounded[j] = _mm512_cvtps_epi32(_mm512_fmadd_ps(rest, inverse, near));
+    }
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(rounded[0], rounded[1]),
+                                              _mm512_packs_epi32(rounded[2], rounded[3]));
+    const __m512i ordered =
+        _mm512_xor_si512(_mm512_permutexvar_epi32(order, packed), _mm512_set1_epi8(-kZeroPoint));
+    if (i + 64 <= padded) {
+      _mm512_storeu_si512(integers + i, ordered);
+    } else {
+      _mm512_mask_storeu_epi8(integers + i, first64(padded - i), ordered);
+    }
+  });
+}
+
+inline float sum_of(const __m512 (&lanes)[4]) {
+  return _mm512_reduce_add_ps(
+      _mm512_add_ps(_mm512_add_ps(lanes[0], lanes[1]), _mm512_add_ps(lanes[2], lanes[3])));
+}
+
+// The layer norm of a row.
+void normalize(const Linear& layer, const float* row, float* normed) {
+  const size_t n = layer.n_in;
+  const float each = 1 / static_cast<float>(n);
+  __m512 sums[4] = {};
+  each64(row, n, [&](size_t, const __m512(&value)[4]) {
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) sums[j] = _mm512_add_ps(sums[j], value[j]);
+  });
+  const __m512 mean = _mm512_set1_ps(sum_of(sums) * each);
+  __m512 squares[4] = {};
+  each64(row, n, [&](size_t i, const __m512(&value)[4]) {
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) {
+      const size_t first = i + 16 * j;
+      const __mmask16 some = first < n ? first16(n - first) : 0;
+      const __m512 apart = _mm512_maskz_sub_ps(some, value[j], mean);
+      squares[j] = _mm512_fmadd_ps(apart, apart, squares[j]);
+    }
+  });
+  const float deviation = std::sqrt(sum_of(squares) * each + layer.epsilon);
+  const __m512 factor = _mm512_set1_ps(1 / deviation);
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 some = first16(n - i);
+    const __m512 apart =
+        _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, row + i), mean), factor);
+    const __m512 value = _mm512_fmadd_ps(apart, _mm512_maskz_loadu_ps(some, layer.norm_scales + i),
+                                         _mm512_maskz_loadu_ps(some, layer.norm_bias + i));
+    if (i + 16 <= n) {
+      _mm512_storeu_ps(normed + i, value);
+    } else {
+      _mm512_mask_storeu_ps(normed + i, some, value);
+    }
   }
 }
 
 void quantize_some(void* data, size_t index) {
   Job& job = *static_cast<Job*>(data);
   const Linear& layer = job.layer;
+  static thread_local Scratch scratch;
+  auto* normed = static_cast<float*>(scratch.get(layer.n_in * sizeof(float)));
+  if (normed == nullptr) {
+    job.failed = true;
+    return;
+  }
   const size_t end = least(layer.n_rows, (index + 1) * kRowsPerTask);
-  for (size_t i = index * kRowsPerTask * layer.n_parts; i < end * layer.n_parts; ++i) {
-    quantize(layer.rows + i * job.part, job.part, job.padded, job.integers + i * job.padded,
-             job.row_scales + i);
+  for (size_t i = index * kRowsPerTask; i < end; ++i) {
+    const float* row = layer.rows + i * layer.n_in;
+    for (size_t k = 0; k < layer.n_in && i + 1 < end; k += kLine / sizeof(float)) {
+      _mm_prefetch(row + layer.n_in + k, _MM_HINT_T0);
+    }
+    if (layer.norm_scales != nullptr) {
+      normalize(layer, row, normed);
+      row = normed;
+    }
+    for (size_t part = 0; part < layer.n_parts; ++part) {
+      const size_t n = i * layer.n_parts + part;
+      quantize(row + part * job.part, job.part, job.padded, job.integers + n * job.padded,
+               job.row_scales + n);
+    }
   }
 }
 
@@ -101,11 +196,12 @@ void pack(const int8_t* weights, size_t stride, size_t n, size_t padded, size_t 
   for (size_t k = 0; k < padded; k += 4) {
 #pragma GCC unroll 2
     for (size_t w = 0; w < kWide; ++w) {
-      __m512i row[4] = {};
-      for (size_t i = 0; i < least(4, n - k); ++i) {
+      __m512i row[4];
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i) {
         const int8_t* values = weights + (k + i) * stride + w * kPanel;
         _mm_prefetch(values + kAhead * stride, _MM_HINT_T1);
-        row[i] = _mm512_maskz_loadu_epi8(columns[w], values);
+        row[i] = k + i < n ? _mm512_maskz_loadu_epi8(columns[w], values) : _mm512_setzero_si512();
       }
       __m512i four[4];
       pack_four(row, four);
@@ -132,8 +228,12 @@ __m512 activated(__m512 x, Activation activation, float alpha) {
     factor = _mm512_fmadd_ps(_mm512_set1_ps(-kLog2E * 0.0713548162726F), _mm512_mul_ps(x, x),
                              _mm512_set1_ps(-kLog2E * 1.59576912161F));
   }
-  const __m512 inverse = power_of_2<6>(_mm512_mul_ps(x, factor));
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), inverse));
+  // No further than where the sum is finite; its inverse by a step of Newton's from 14 bits.
+  const __m512 power = _mm512_min_ps(_mm512_mul_ps(x, factor), _mm512_set1_ps(126));
+  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1), power_of_2<5>(power));
+  const __m512 near = _mm512_rcp14_ps(sum);
+  const __m512 rest = _mm512_fnmadd_ps(sum, near, _mm512_set1_ps(2));
+  return _mm512_mul_ps(_mm512_mul_ps(x, near), rest);
 }
 
 // Inline, because gcc 12 keeps the sums of the intrinsic in memory: half the speed.
@@ -163,6 +263,13 @@ void multiply(const Job& job, const Chunk& chunk, size_t row, size_t panel, floa
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_loadu_si512(chunk.offsets + 16 * j);
   }
+  if (chunk.last && layer.residual != nullptr) {  // on its way while the products are summed
+    for (int r = 0; r < kRows; ++r) {
+      for (size_t column = panel; column < least(panel + kPanel, layer.n_out); column += 16) {
+        _mm_prefetch(layer.residual + (row + r) * layer.n_out + column, _MM_HINT_T1);
+      }
+    }
+  }
   const uint8_t* integers = job.integers + row * row_bytes + chunk.part * job.padded + chunk.begin;
   const int8_t* packed = chunk.packed;
   for (size_t k = 0; k < chunk.padded; k += 4, packed += 4 * kPanel) {
@@ -178,8 +285,9 @@ void multiply(const Job& job, const Chunk& chunk, size_t row, size_t panel, floa
       for (int j = 0; j < 4; ++j) add_products(sums[r][j], rows, columns[j]);
     }
   }
+  const bool whole = chunk.first && chunk.last;
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows && !whole; ++r) {
     const __m512 scale =
         _mm512_set1_ps(one_part ? 1 : job.row_scales[(row + r) * layer.n_parts + chunk.part]);
 #pragma GCC unroll 4
@@ -191,19 +299,33 @@ void multiply(const Job& job, const Chunk& chunk, size_t row, size_t panel, floa
     }
   }
   if (!chunk.last) return;
-  for (size_t j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
     const size_t column = panel + 16 * j;
     if (column >= layer.n_out) break;
     const __mmask16 some = first16(layer.n_out - column);
     const __m512 scales = _mm512_maskz_loadu_ps(some, layer.scales + column);
     const __m512 bias = layer.bias == nullptr ? _mm512_setzero_ps()
                                               : _mm512_maskz_loadu_ps(some, layer.bias + column);
+    __m512 values[kRows];
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      __m512 value = _mm512_mul_ps(_mm512_load_ps(total + r * kPanel + 16 * j), scales);
+      __m512 value =
+          whole ? _mm512_cvtepi32_ps(sums[r][j]) : _mm512_load_ps(total + r * kPanel + 16 * j);
+      value = _mm512_mul_ps(value, scales);
       value = _mm512_mul_ps(value, _mm512_set1_ps(one_part ? job.row_scales[row + r] : 1));
-      value = _mm512_add_ps(value, bias);
-      _mm512_mask_storeu_ps(layer.out + (row + r) * layer.n_out + column, some,
-                            activated(value, layer.activation, layer.alpha));
+      values[r] = activated(_mm512_add_ps(value, bias), layer.activation, layer.alpha);
+    }
+    if (layer.residual != nullptr) {  // read before any row is written: rows lie 4 KiB apart
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const float* residual = layer.residual + (row + r) * layer.n_out + column;
+        values[r] = _mm512_add_ps(values[r], _mm512_maskz_loadu_ps(some, residual));
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      _mm512_mask_storeu_ps(layer.out + (row + r) * layer.n_out + column, some, values[r]);
     }
   }
 }

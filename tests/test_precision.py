@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,57 @@ def test_a_layer_that_int8_would_ruin_stays_in_float(tmp_path: Path) -> None:
     assert "vision_tower.encoder.layers.1.mlp.fc2.weight" in names
     assert "vision_tower.encoder.layers.0.mlp.fc2.weight.int8" in names
     assert "vision_tower.embeddings.patch_embedding.weight" in names  # pixels are never rounded
+
+
+def block(width: int = 32) -> Model:
+    """pixels → x; x + (norm(x) @ A + norm(x) @ B) @ C, and a residual between two layers."""
+    rng = np.random.default_rng(0)
+    graph = Graph(n_patches=3, patch_values=width)
+    x = graph.op("Mul", graph.op("Cast", "patches", to=1), graph.constant(0.01, np.float32))
+    norm = {name: rng.normal(1, 0.1, width).astype(np.float32) for name in ("scale", "bias")}
+    names = [graph.weight(name, (width,), partial(norm.get, name)) for name in norm]
+    normed = graph.op("LayerNormalization", x, *names, axis=-1, epsilon=1e-6)
+
+    def linear(value: str, name: str) -> str:
+        weight, bias = (rng.normal(size=s).astype(np.float32) for s in ((width, width), width))
+        return graph.linear(value, name, weight.shape, lambda: weight, lambda: bias)
+
+    both = graph.residual(linear(normed, "a"), linear(normed, "b"))
+    graph.output(graph.residual(x, linear(both, "c")), 3, width)
+    return graph.model()
+
+
+@pytest.mark.parametrize("keep_float", [(), ("a.weight",), ("c.weight",)])
+def test_norms_and_residuals_join_their_layers(tmp_path: Path, keep_float: tuple[str, ...]) -> None:
+    """A norm that a float layer reads, too, stays; a residual joins one of two layers."""
+    model = precision.int8(block(), keep_float)
+    kinds = sorted(node.op_type for node in model.nodes if node.domain == "edgevlm")
+    assert (
+        kinds
+        == {
+            (): ["LinearBiasResidual", "NormLinearBias", "NormLinearBiasResidual"],
+            ("a.weight",): ["LinearBiasResidual", "LinearBiasResidual"],
+            ("c.weight",): ["NormLinearBias", "NormLinearBiasResidual"],
+        }[keep_float]
+    )
+    norms = [node for node in model.nodes if node.op_type == "LayerNormalization"]
+    assert len(norms) == ("a.weight" in keep_float)
+    patches = np.random.default_rng(0).integers(0, 256, (2, 3, 32), np.uint8)
+    found = run(model, tmp_path / "a.onnx", patches)
+    expected = run(block(), tmp_path / "b.onnx", patches)
+    assert cosines(found, expected).min() > 0.9995
+
+
+def test_layers_of_one_norm_share_it_without_our_operators(tmp_path: Path) -> None:
+    """ONNX Runtime inlines the functions, and finds what they have in common."""
+    precision.int8(block()).save(tmp_path / "a.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "b.onnx")
+    onnxruntime.InferenceSession(tmp_path / "a.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "b.onnx").graph.node]
+    assert kinds.count("LayerNormalization") == 1
+    assert kinds.count("QuantizeLinear") == kinds.count("ReduceMax") == 2
+    assert kinds.count("MatMulIntegerToFloat") == 3
 
 
 def test_weights_beyond_fp16_are_refused(tmp_path: Path) -> None:

@@ -145,12 +145,12 @@ def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: st
 
     normed = graph.layer_norm(value, weights, f"{name}.ln1", width, _EPS)
     mixed = attention(graph, normed, f"{name}.attn", width, n_heads, read)
-    value = graph.op("Add", value, mixed)
+    value = graph.residual(value, mixed)
     normed = graph.layer_norm(value, weights, f"{name}.ln2", width, _EPS)
     inner = linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
     inner = graph.activation(inner, "gelu_pytorch_tanh")
     inner = linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
-    return graph.op("Add", value, inner)
+    return graph.residual(value, inner)
 
 
 def _whole_and_pooled(graph: Graph, tower: Tower, features: str) -> tuple[str, str]:

@@ -56,6 +56,7 @@ class Model:
     constants: tuple[onnx.TensorProto, ...]
     weights: Mapping[str, Weight]
     functions: tuple[onnx.FunctionProto, ...] = ()
+    residuals: frozenset[str] = frozenset()  # sums of two values of one shape
 
     @property
     def n_bytes(self) -> int:
@@ -135,6 +136,7 @@ class Builder:
         self._weights: dict[str, tuple[tuple[int, ...], Load]] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+        self._residuals: set[str] = set()
         self.has_inserted = False
 
     def input(
@@ -207,6 +209,12 @@ class Builder:
             return value
         return self.op("Add", value, self.weight(f"{name}.bias", shape[1:], bias))
 
+    def residual(self, value: str, added: str) -> str:
+        """The sum of two values of one shape: what can join the layer that comes before it."""
+        total = self.op("Add", value, added)
+        self._residuals.add(total)
+        return total
+
     def layer_norm(self, value: str, weights: Checkpoint, name: str, width: int, eps: float) -> str:
         scale, bias = f"{name}.weight", f"{name}.bias"
         for part in (scale, bias):
@@ -264,6 +272,7 @@ class Builder:
             weights={
                 name: Weight(shape, float32, load) for name, (shape, load) in self._weights.items()
             },
+            residuals=frozenset(self._residuals),
         )
 
 

@@ -2,11 +2,12 @@
 
 The runtime's library has a fused operator of the same name (kernels/operators.cpp) for CPUs on
 which that is faster; elsewhere ONNX Runtime puts the function's body in place of the node. With
-one part both give the same integers and round in the same order.
+one part and no norm both give the same integers and round in the same order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,24 +28,48 @@ _SMALLEST_PEAK = 1e-9  # an empty row would divide by 0
 
 @dataclass(frozen=True)
 class Kind:
-    """One function: rows [.., in], weights [in, out], scales [out] and, where it has one, bias
-    [out] → [.., out]. Our operator gives each of `parts` equal parts of a row a scale of its own,
-    which costs it nothing; the body gives a row one, because ONNX Runtime would multiply as often
-    as there are parts."""
+    """One function: `inputs` → [.., out], activation(norm(rows) @ weights + bias) + residual.
 
+    Our operator gives each of `parts` equal parts of a row a scale of its own, which costs it
+    nothing; the body gives a row one, because ONNX Runtime would multiply as often as there are
+    parts."""
+
+    norm: bool = False  # a layer norm of the rows
     parts: int = 1
     bias: bool = False
     activation: str = ""
+    residual: bool = False
 
     @property
     def name(self) -> str:
+        norm, bias = "Norm" * self.norm, "Bias" * self.bias
         parts = str(self.parts) if self.parts > 1 else ""
-        return f"Linear{parts}{'Bias' if self.bias else ''}{self.activation}"
+        return f"{norm}Linear{parts}{bias}{self.activation}{'Residual' * self.residual}"
 
-    def node(self, inputs: list[str], output: str, alpha: float | None) -> NodeProto:
-        node = helper.make_node(self.name, inputs, [output], output, domain=DOMAIN)
-        if alpha is not None:
-            node.attribute.append(helper.make_attribute("alpha", alpha))
+    @property
+    def inputs(self) -> list[str]:
+        """rows [.., in], weights [in, out], scales [out], and what it has of bias [out], scales
+        and bias of the norm [in] and residual [.., out]."""
+        return [
+            *("rows", "weights", "scales"),
+            *(("bias",) if self.bias else ()),
+            *(("norm_scales", "norm_bias") if self.norm else ()),
+            *(("residual",) if self.residual else ()),
+        ]
+
+    @property
+    def attributes(self) -> list[str]:
+        alpha, epsilon = self.activation == "QuickGelu", self.norm
+        return [*(["alpha"] if alpha else []), *(["epsilon"] if epsilon else [])]
+
+    def node(
+        self, inputs: Mapping[str, str], output: str, attributes: Mapping[str, float]
+    ) -> NodeProto:
+        """A node that takes its `inputs` and `attributes` from these, by name."""
+        given = [inputs[name] for name in self.inputs]
+        node = helper.make_node(self.name, given, [output], output, domain=DOMAIN)
+        for name in self.attributes:
+            node.attribute.append(helper.make_attribute(name, attributes[name]))
         return node
 
     def function(self) -> FunctionProto:
@@ -53,11 +78,11 @@ class Kind:
         return helper.make_function(
             DOMAIN,
             self.name,
-            ["rows", "weights", "scales", *(["bias"] if self.bias else [])],
+            self.inputs,
             ["out"],
             body.nodes,
             [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
-            ["alpha"] if self.activation == "QuickGelu" else [],
+            self.attributes,
         )
 
 
@@ -66,17 +91,26 @@ class _Body:
         self.nodes: list[NodeProto] = []
 
     def write(self, kind: Kind) -> None:
-        value = self._product("rows", "weights")
+        value = "rows"
+        if kind.norm:
+            value = self.op("LayerNormalization", value, "norm_scales", "norm_bias", axis=-1)
+            self._takes("epsilon")
+        value = self._product(value, "weights")
         if kind.bias:
             value = self.op("Add", value, "bias")
         if kind.activation:
             value = self.op(kind.activation, value, domain=CONTRIB)
             if kind.activation == "QuickGelu":
-                alpha = AttributeProto(
-                    name="alpha", ref_attr_name="alpha", type=AttributeProto.FLOAT
-                )
-                self.nodes[-1].attribute.append(alpha)
+                self._takes("alpha")
+        if kind.residual:
+            self.op("Add", value, "residual")
         self.nodes[-1].output[0] = "out"
+
+    def _takes(self, attribute: str) -> None:
+        """The last node has the function's attribute of that name."""
+        self.nodes[-1].attribute.append(
+            AttributeProto(name=attribute, ref_attr_name=attribute, type=AttributeProto.FLOAT)
+        )
 
     def op(self, kind: str, *inputs: str, domain: str = "", **given: Any) -> str:
         output = f"value_{len(self.nodes)}"

@@ -67,21 +67,21 @@ def fp16(model: Model) -> Model:
 def int8(model: Model, keep_float: Collection[str] = (), *, parts: int = 1) -> Model:
     """Linear layers in int8, except those whose weight `keep_float` names.
 
-    What follows a product alone, its bias and its activation, joins it in one node. Rows have a
-    scale in each of `parts` equal parts of their length, where that comes out even.
+    The layer norm before it joins a product, and what follows it alone: bias, activation, residual.
+    Rows have a scale in each of `parts` equal parts of their length, where that comes out even.
     """
-    layers = _layers(model)
-    chosen = {n: layer for n, layer in layers.items() if n not in keep_float}
-    last = {layer.nodes[-1].output[0]: name for name, layer in chosen.items()}
-    joined = {node.output[0] for layer in chosen.values() for node in layer.nodes}
+    layers = _layers(model, keep_float)
+    last = {layer.nodes[-1].output[0]: name for name, layer in layers.items()}
+    joined = {node.output[0] for layer in layers.values() for node in layer.nodes}
+    joined |= {layer.norm.output[0] for layer in layers.values() if layer.norm is not None}
     rewriting = _Rewriting(model)
     for node in model.nodes:
         output = node.output[0]
         if output in last:
-            rewriting.quantized(last[output], chosen[last[output]], output, parts)
+            rewriting.quantized(last[output], layers[last[output]], output, parts)
         elif output not in joined:
             rewriting.copied(node)
-    weights = {n: weight for n, weight in model.weights.items() if n not in chosen}
+    weights = {n: weight for n, weight in model.weights.items() if n not in layers}
     return rewriting.finish({**weights, **rewriting.weights}, model.outputs)
 
 
@@ -116,16 +116,19 @@ _ONE = numpy_helper.from_array(np.array([1], np.int64), "int8_one")
 
 @dataclass(frozen=True)
 class _Layer:
-    """A product and what of bias and activation follows it and nothing else reads."""
+    """A product, what of bias, activation and residual follows it and nothing else reads, and the
+    norm of its rows that only layers read."""
 
     nodes: tuple[onnx.NodeProto, ...]
     bias: str = ""
     activation: str = ""
-    alpha: float | None = None
+    alpha: float = 0.0
+    residual: str = ""
+    norm: onnx.NodeProto | None = None
 
 
-def _layers(model: Model) -> dict[str, _Layer]:
-    """The linear layers by the name of their weight, each with what it can be joined with."""
+def _layers(model: Model, keep_float: Collection[str]) -> dict[str, _Layer]:
+    """The layers to be int8 by the name of their weight, each with what it can be joined with."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.nodes:
         for name in node.input:
@@ -137,26 +140,52 @@ def _layers(model: Model) -> dict[str, _Layer]:
         followers = readers.get(name, [])
         return followers[0] if len(followers) == 1 and name not in outputs else None
 
+    chosen = {n: node for n, node in linear_layers(model).items() if n not in keep_float}
+    products = [node.output[0] for node in chosen.values()]
+    norms = {
+        node.output[0]: node
+        for node in model.nodes
+        if _is_norm(node)
+        and node.output[0] not in outputs
+        and all(reader.output[0] in products for reader in readers.get(node.output[0], []))
+    }
+    taken: set[str] = set()  # a residual between two layers joins one of them
     found = {}
-    for name, product in linear_layers(model).items():
+    for name, product in chosen.items():
         layer, width = _Layer((product,)), model.weights[name].shape[1:]
         after = next_node(product)
         if after is not None and after.op_type == "Add" and len(after.input) == 2:
             (other,) = (value for value in after.input if value != product.output[0])
             if other in model.weights and model.weights[other].shape == width:
-                layer = _Layer((product, after), other)
+                layer = replace(layer, nodes=(product, after), bias=other)
                 after = next_node(after)
-        if after is not None and _joins(after, layer):
-            alpha = next((a.f for a in after.attribute if a.name == "alpha"), None)
-            layer = _Layer((*layer.nodes, after), layer.bias, after.op_type, alpha)
-        found[name] = layer
+        if after is not None and _is_activation(after):
+            alpha = next((a.f for a in after.attribute if a.name == "alpha"), 0.0)
+            nodes, kind = (*layer.nodes, after), after.op_type
+            layer = replace(layer, nodes=nodes, activation=kind, alpha=alpha)
+            after = next_node(after)
+        if after is not None and (total := after.output[0]) in model.residuals - taken:
+            taken.add(total)
+            (other,) = (v for v in after.input if v != layer.nodes[-1].output[0])
+            layer = replace(layer, nodes=(*layer.nodes, after), residual=other)
+        found[name] = replace(layer, norm=norms.get(product.input[0]))
     return found
 
 
-def _joins(node: onnx.NodeProto, layer: _Layer) -> bool:
-    """Whether the activation `node` has a function that it is part of."""
-    kinds = linear.ACTIVATIONS if layer.bias else ("QuickGelu",)
-    return node.domain == CONTRIB and node.op_type in kinds and len(node.input) == 1
+def _is_activation(node: onnx.NodeProto) -> bool:
+    """Whether linear layers have functions with it."""
+    kind = node.domain, node.op_type
+    return kind in {(CONTRIB, name) for name in linear.ACTIVATIONS} and len(node.input) == 1
+
+
+def _is_norm(node: onnx.NodeProto) -> bool:
+    axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
+    return (
+        node.op_type == "LayerNormalization"
+        and axis == -1
+        and len(node.input) == 3
+        and len(node.output) == 1
+    )
 
 
 class _Rewriting:
@@ -199,7 +228,10 @@ class _Rewriting:
         n_in, n_out = weight.shape
         if n_in % parts:
             parts = 1
-        kind = linear.Kind(parts, bool(layer.bias), layer.activation)
+        norm = layer.norm
+        kind = linear.Kind(
+            norm is not None, parts, bool(layer.bias), layer.activation, bool(layer.residual)
+        )
         self._kinds.add(kind)
         integers, scales = f"{name}.int8", f"{name}.scale"
         self.weights[integers] = Weight(
@@ -208,10 +240,20 @@ class _Rewriting:
         self.weights[scales] = Weight(
             (n_out,), np.dtype(np.float32), lambda: _channels(weight.load)[1]
         )
-        inputs = [layer.nodes[0].input[0], integers, scales]
-        if layer.bias:
-            inputs.append(layer.bias)
-        self.nodes.append(kind.node(inputs, output, layer.alpha))
+        inputs = {
+            "rows": layer.nodes[0].input[0],
+            "weights": integers,
+            "scales": scales,
+            "bias": layer.bias,
+            "residual": layer.residual,
+        }
+        attributes = {"alpha": layer.alpha}
+        if norm is not None:
+            inputs |= zip(("rows", "norm_scales", "norm_bias"), norm.input, strict=True)
+            default = 1e-5  # of LayerNormalization
+            epsilon = (a.f for a in norm.attribute if a.name == "epsilon")
+            attributes["epsilon"] = next(epsilon, default)
+        self.nodes.append(kind.node(inputs, output, attributes))
 
 
 def _channels(load: Load) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

@@ -125,9 +125,9 @@ class _Decoder(Builder):
         mixed = self._attention(layer, self._rotated(query, self._n_heads), key, values)
         mixed = self._linear(f"{name}.attn_output", mixed)
         if f"{name}.ffn_norm.weight" not in self._tensors:  # attention and MLP side by side
-            return self.op("Add", self.op("Add", value, mixed), self._mlp(name, normed))
-        value = self.op("Add", value, mixed)
-        return self.op("Add", value, self._mlp(name, self._norm(f"{name}.ffn_norm", value)))
+            return self.residual(self.residual(value, mixed), self._mlp(name, normed))
+        value = self.residual(value, mixed)
+        return self.residual(value, self._mlp(name, self._norm(f"{name}.ffn_norm", value)))
 
     def _norm(self, name: str, value: str) -> str:
         scale = self._stored(f"{name}.weight")

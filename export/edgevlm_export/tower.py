@@ -206,12 +206,12 @@ def _layer(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: st
     width, ff_width = tower.width, tower.ff_width
     normed = graph.layer_norm(value, weights, f"{name}.layer_norm1", width, tower.eps)
     mixed = _attention(graph, weights, tower, f"{name}.self_attn", normed)
-    value = graph.op("Add", value, mixed)
+    value = graph.residual(value, mixed)
     normed = graph.layer_norm(value, weights, f"{name}.layer_norm2", width, tower.eps)
     inner = linear(graph, weights, f"{name}.mlp.fc1", normed, (width, ff_width))
     inner = graph.activation(inner, tower.activation)
     inner = linear(graph, weights, f"{name}.mlp.fc2", inner, (ff_width, width))
-    return graph.op("Add", value, inner)
+    return graph.residual(value, inner)
 
 
 def _attention(graph: Graph, weights: Checkpoint, tower: Tower, name: str, value: str) -> str:

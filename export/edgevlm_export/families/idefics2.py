@@ -217,11 +217,11 @@ def _resample(graph: Graph, weights: Checkpoint, r: _Resampler, context: str) ->
         latents = graph.rms_norm(value, weights, f"{stem}input_latents_norm", r.width, r.eps)
         seen = graph.rms_norm(context, weights, f"{stem}input_context_norm", r.width, r.eps)
         mixed = _cross_attention(graph, weights, r, f"{stem}self_attn", latents, seen)
-        value = graph.op("Add", value, mixed)
+        value = graph.residual(value, mixed)
         inner = graph.rms_norm(value, weights, f"{stem}post_attention_layernorm", r.width, r.eps)
         widths = (r.width, 4 * r.width, r.width)
         inner = _gated(graph, weights, f"{stem}mlp", inner, widths, r.activation)
-        value = graph.op("Add", value, inner)
+        value = graph.residual(value, inner)
     return graph.rms_norm(value, weights, f"{r.prefix}norm", r.width, r.eps)
 
 
