@@ -76,6 +76,23 @@ def test_a_random_bundle_says_so_and_answers(bundle: Path, picture: Image.Image)
     assert 0.1 < logits.std() < 10
 
 
+def test_a_cached_bundle_of_another_exporter_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(SHAPES, "smolvlm-256m", small(SHAPES["smolvlm-256m"]))
+    manifest = random_models.cached("smolvlm-256m") / "bundle.json"
+    made = manifest.stat().st_ino
+    assert random_models.cached("smolvlm-256m") == manifest.parent
+    assert manifest.stat().st_ino == made
+    monkeypatch.setattr(random_models, "_revision", lambda seed: f"seed {seed}, another")
+    random_models.cached("smolvlm-256m")
+    assert json.loads(manifest.read_text())["source"]["revision"] == "seed 0, another"
+    manifest.write_text("{")
+    assert random_models.cached("smolvlm-256m") == manifest.parent
+    edgevlm.load(manifest.parent).close()
+
+
 def test_values_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
     def made(seed: int) -> RandomCheckpoint:
         directory = tmp_path / str(seed)

@@ -7,6 +7,7 @@ at a time. Speed does not depend on values; answers are noise. The same seed giv
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,8 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from edgevlm import paths
-from edgevlm.bundle import MANIFEST
+from edgevlm.bundle import MANIFEST, read_manifest
+from edgevlm.errors import BundleError
 
 from . import Progress, export, mmproj
 from .checkpoint import Checkpoint, Entry
@@ -33,11 +35,28 @@ _FIXED = {"query": 15381}
 
 
 def cached(name: str, *, progress: Progress | None = None) -> Path:
-    """The bundle in the user's cache, made when it is asked for the first time."""
+    """The bundle in the user's cache; made where there is none, or another exporter's."""
     directory = paths.cache("random", f"random-{name}")
-    if not (directory / MANIFEST).is_file():
+    if not _is_current(directory):
+        if directory.exists():
+            shutil.rmtree(directory)
         write(name, directory, progress=progress)
     return directory
+
+
+def _is_current(directory: Path) -> bool:
+    try:
+        source = read_manifest(directory / MANIFEST)["source"]
+    except BundleError:  # none yet, damaged, or a format of another version
+        return False
+    return bool(source.get("revision") == _revision(SEED))
+
+
+def _revision(seed: int) -> str:
+    """What decides the bundle's bytes besides its name: the seed, and the exporter's sources."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    mark = zlib.crc32(b"".join(path.read_bytes() for path in sources))
+    return f"seed {seed}, exporter {mark:08x}"
 
 
 def cached_mmproj(name: str, *, seed: int = SEED) -> Path:
@@ -76,7 +95,7 @@ def write(
             prefill=prefill,
             photos=None,
             progress=progress,
-            origin={"id": f"random weights in the shape of {name}", "revision": f"seed {seed}"},
+            origin={"id": f"random weights in the shape of {name}", "revision": _revision(seed)},
             prompt=shape.options.get("prompt"),
             release=shape.options.get("release"),
         )
