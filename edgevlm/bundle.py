@@ -40,6 +40,7 @@ _SHAPE: dict[str, Any] = {
     "quantization": dict,
     "card": dict,
 }
+_VISION_FILES = ("vision.onnx", "vision.data")  # the graph, and a large one's weights
 _REQUIRED_FILES = ("vision.onnx", "language.gguf")
 _ADAPTER = re.compile(r"adapter-(?P<name>.+)\.gguf")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -69,6 +70,17 @@ class Bundle:
 
     def has(self, name: str) -> bool:
         return name in self.manifest["files"]
+
+    @property
+    def vision_files(self) -> tuple[str, ...]:
+        """The graph of the vision model and, where they lie apart, its weights."""
+        return tuple(filter(self.has, _VISION_FILES))
+
+    @property
+    def vision_sha256(self) -> str:
+        """What the vision model is, told by its files."""
+        first, *others = map(self.sha256, self.vision_files)
+        return hashlib.sha256("".join((first, *others)).encode()).hexdigest() if others else first
 
     @property
     def adapters(self) -> tuple[str, ...]:

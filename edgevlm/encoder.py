@@ -6,7 +6,6 @@ be had while the model is busy with this one, and a photo seen before needs neit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,7 +90,7 @@ class Encoder:
         self._bundle = bundle
         self._device = device
         self._make_room = make_room
-        self._model_sha256 = _sha256(bundle)
+        self._model_sha256 = bundle.vision_sha256
         # mapped while the session lives; a small graph holds its weights itself
         self._weights = bundle.file("vision.data") if bundle.has("vision.data") else None
         self._is_first = True
@@ -208,11 +207,3 @@ class Encoder:
             key=entry.sha256,
             model_sha256=self._model_sha256,
         )
-
-
-def _sha256(bundle: Bundle) -> str:
-    """Of the vision model, whose weights may lie in a file of their own."""
-    of_graph = bundle.sha256("vision.onnx")
-    if not bundle.has("vision.data"):
-        return of_graph
-    return hashlib.sha256((of_graph + bundle.sha256("vision.data")).encode()).hexdigest()

@@ -154,8 +154,8 @@ def of_bundle(bundle: Bundle, *, extra_buffers: bool = True, precise: bool = Fal
     else:
         fixed, cache, scores = _guessed_buffers(round(8 / _bits(kinds["language"]) * language))
     beside = prefill = 0
-    vision_file = sizes.pop("vision.onnx") + sizes.pop("vision.data", 0)
-    opening, vision = _session_bytes(vision_file, kinds.get("vision", ""))
+    vision_bytes = sum(sizes.pop(name) for name in bundle.vision_files)
+    opening, vision = _session_bytes(vision_bytes, kinds.get("vision", ""))
     for name, n_bytes in sizes.items():
         if name.startswith("prefill."):
             prefill += round(n_bytes * _PREFILL)

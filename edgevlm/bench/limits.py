@@ -30,7 +30,7 @@ def work(vlm: VLM, answer: Answer) -> dict[str, dict[str, float]]:
     n_patches = layout.n_tiles * (layout.tile_px // layout.patch_px) ** 2
     patch_bytes = 3.0 * layout.n_tiles * layout.tile_px**2
     decoded_bytes = 3.0 * math.prod(map(min, answer.input_px[0], layout.at_least_px))
-    vision_bytes = files["vision.onnx"] + files.get("vision.data", 0)
+    vision_bytes = sum(files[name] for name in vlm.bundle.vision_files)
     n_weights = vision_bytes / _BYTES_A_WEIGHT.get(manifest["quantization"]["vision"], 4)
     by_patches = layout.patch_px < layout.tile_px
     return {
