@@ -146,9 +146,6 @@ void quantize_some(void* data, size_t index) {
   const size_t end = least(layer.n_rows, (index + 1) * kRowsPerTask);
   for (size_t i = index * kRowsPerTask; i < end; ++i) {
     const float* row = layer.rows + i * layer.n_in;
-    for (size_t k = 0; k < layer.n_in && i + 1 < end; k += kLine / sizeof(float)) {
-      _mm_prefetch(row + layer.n_in + k, _MM_HINT_T0);
-    }
     if (layer.norm_scales != nullptr) {
       normalize(layer, row, normed);
       row = normed;
@@ -262,13 +259,6 @@ void multiply(const Job& job, const Chunk& chunk, size_t row, size_t panel, floa
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_loadu_si512(chunk.offsets + 16 * j);
-  }
-  if (chunk.last && layer.residual != nullptr) {  // on its way while the products are summed
-    for (int r = 0; r < kRows; ++r) {
-      for (size_t column = panel; column < least(panel + kPanel, layer.n_out); column += 16) {
-        _mm_prefetch(layer.residual + (row + r) * layer.n_out + column, _MM_HINT_T1);
-      }
-    }
   }
   const uint8_t* integers = job.integers + row * row_bytes + chunk.part * job.padded + chunk.begin;
   const int8_t* packed = chunk.packed;
