@@ -89,7 +89,11 @@ def test_a_cached_bundle_of_another_exporter_is_made_anew(
     random_models.cached("smolvlm-256m")
     assert json.loads(manifest.read_text())["source"]["revision"] == "seed 0, another"
     manifest.write_text("{")
+    elsewhere = manifest.parent.rename(tmp_path / "elsewhere")
+    manifest.parent.symlink_to(elsewhere)
     assert random_models.cached("smolvlm-256m") == manifest.parent
+    assert not manifest.parent.is_symlink()
+    assert (elsewhere / "bundle.json").read_text() == "{"
     edgevlm.load(manifest.parent).close()
 
 

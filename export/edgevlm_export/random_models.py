@@ -38,7 +38,9 @@ def cached(name: str, *, progress: Progress | None = None) -> Path:
     """The bundle in the user's cache; made where there is none, or another exporter's."""
     directory = paths.cache("random", f"random-{name}")
     if not _is_current(directory):
-        if directory.exists():
+        if directory.is_symlink():  # to another disk: what lies there is the user's to remove
+            directory.unlink()
+        elif directory.exists():
             shutil.rmtree(directory)
         write(name, directory, progress=progress)
     return directory
